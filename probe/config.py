@@ -1,0 +1,182 @@
+"""One frozen dataclass per verb: validated where it is made, it is the command line, and it is saved with each run.
+
+Past this point nothing re-checks a value and nothing has a second default. Importing this module loads neither
+jax nor numpy, so that `probe --help` answers at once.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
+
+from probe.errors import ConfigError
+
+Flag = FlagCreatePairsOff[bool]  # `--overwrite`, never `--overwrite False` read as true
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The config as plain JSON values: paths as text, tuples as lists."""
+    return dict(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+
+
+def _require(condition: bool, option: str, rule: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"--{option} must be {rule}, got {value}")
+
+
+def _positive(option: str, value: float) -> None:
+    _require(0 < value < math.inf, option, "positive and finite", value)
+
+
+def _not_negative(option: str, value: float) -> None:
+    _require(0 <= value < math.inf, option, "zero or more, and finite", value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """Run the backbone once over every image and cache the embeddings."""
+
+    images: Positional[Path]
+    """Folder of images: root/class/* or root/{train,val,test}/class/*."""
+    backbone: str
+    """Hub id (openai/clip-vit-base-patch32, optionally @revision) or a local folder in Hugging Face layout."""
+    out: Path
+    """Cache folder to create or to continue."""
+    batch_size: int | None = None
+    """Images per step, fixed by whoever creates the cache (default: 32, or what the cache says)."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """What an unreadable image does: get no row and be reported, or end the run."""
+    num_workers: int | None = None
+    """Processes that decode images (default: one per core)."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitLinearConfig:
+    """Train a head on cached embeddings: the convex optimum of a linear head, or an MLP."""
+
+    cache: Positional[Path]
+    """Cache folder made by `probe embed`."""
+    out: Path
+    """Run folder to write."""
+    overwrite: Flag = False
+    """Replace what stands under --out."""
+    head: Literal["linear", "mlp"] = "linear"
+    """linear: the optimum of the L2-regularised cross-entropy; mlp: several Dense layers, trained with Adam."""
+    hidden: tuple[int, ...] = (1000, 256)
+    """Widths of the MLP's hidden layers."""
+    solver: Literal["lbfgs", "sklearn"] = "lbfgs"
+    """Who solves the linear head: ours in JAX, or scikit-learn's LogisticRegression on the same objective."""
+    scaling: Literal["standard", "none"] = "standard"
+    """Scale features by the mean and deviation of the training rows (folded into the saved weights), or not."""
+    val_fraction: float = 0.2
+    """Share of train held out, stratified, to choose λ or the epoch where there is no validation split."""
+    epochs: int = 20
+    """Passes over the training rows (MLP)."""
+    batch_size: int = 64
+    """Rows per step (MLP)."""
+    learning_rate: float = 1e-3
+    """Step size of Adam (MLP)."""
+    seed: int = 0
+    """Seed of the validation split, the initial weights and the order of the rows."""
+    bundle_backbone: Flag = False
+    """Copy the backbone into the run folder, so that `probe predict` needs nothing else."""
+    json: Flag = False
+    """Print metrics.json to stdout."""
+
+    def __post_init__(self) -> None:
+        _require(all(width >= 1 for width in self.hidden), "hidden", "widths of at least 1", self.hidden)
+        if self.head == "mlp":
+            _require(len(self.hidden) > 0, "hidden", "one width or more with --head mlp", self.hidden)
+        _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)
+        _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
+        _positive("learning-rate", self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Train backbone and head end to end, parts at their own rates."""
+
+    images: Positional[Path]
+    """Folder of images: root/class/* or root/{train,val,test}/class/*."""
+    backbone: str
+    """Hub id, optionally @revision, or a local folder in Hugging Face layout."""
+    out: Path
+    """Run folder to write."""
+    overwrite: Flag = False
+    """Replace what stands under --out."""
+    init: Path | None = None
+    """Start the head from this `fit-linear` run (default: zeros)."""
+    epochs: int = 5
+    """Passes over the training images."""
+    batch_size: int = 16
+    """Images per step."""
+    backbone_lr: float = 1e-5
+    """Peak step size of the backbone; 0 freezes it."""
+    head_lr: float = 1e-3
+    """Peak step size of the head."""
+    freeze: UseAppendAction[tuple[str, ...]] = ()
+    """Parameter paths to freeze, by prefix or pattern: backbone, backbone/encoder/layers_0, **/bias."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay, not on biases and norms."""
+    warmup_fraction: float = 0.1
+    """Share of the steps over which the rates rise from 0; then they fall to 0 as a cosine."""
+    val_fraction: float = 0.2
+    """Share of train held out, stratified, to choose the epoch where there is no validation split."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """What an unreadable image does: be left out and reported, or end the run."""
+    num_workers: int | None = None
+    """Processes that decode images (default: one per core)."""
+    seed: int = 0
+    """Seed of the validation split, the order of the images and dropout."""
+    json: Flag = False
+    """Print metrics.json to stdout."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
+        _not_negative("backbone-lr", self.backbone_lr)
+        _positive("head-lr", self.head_lr)
+        _not_negative("weight-decay", self.weight_decay)
+        _require(0 <= self.warmup_fraction < 1, "warmup-fraction", "at least 0 and below 1", self.warmup_fraction)
+        _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Classify images with what `fit-linear` or `finetune` saved."""
+
+    run: Positional[Path]
+    """Run folder."""
+    images: Positional[Path]
+    """Image file, or folder of images, searched through all its subfolders."""
+    out: Path | None = None
+    """CSV file to write: path, predicted class, probability of each class (default: stdout)."""
+    backbone: str | None = None
+    """Where the backbone is now, if it has moved since the run was made."""
+    batch_size: int = 32
+    """Images per step."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """What an unreadable image does: be left out and reported, or end the run."""
+    num_workers: int | None = None
+    """Processes that decode images (default: one per core)."""
+    json: Flag = False
+    """Print the predictions to stdout as JSON."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)

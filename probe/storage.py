@@ -1,0 +1,115 @@
+"""Durable writes: a file or folder appears under its name whole, or not at all.
+
+Every other module that writes what must survive a crash calls this one. The order is the whole idea:
+write under a name of our own in the same folder, fsync, rename, fsync the folder. A process killed at any
+point leaves either nothing under the final name or all of it; what it may leave is a file whose name starts
+with `PARTIAL_PREFIX`, which nobody reads and `sweep_partials` removes.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from probe.errors import InputError, StorageError
+
+PARTIAL_PREFIX = ".partial-"
+_STALE_SECONDS = 24 * 3600  # a partial this old belongs to nobody: no shard takes a day to write
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` so that a crash leaves the old content, or the new, and nothing between.
+
+    Args:
+      path: the final name; its folder exists.
+      data: the whole content.
+    Raises: StorageError if the disk is full, read-only or failing; no partial file is left then.
+    """
+    partial = _partial_name(path)
+    try:
+        with open(partial, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        fsync_folder(path.parent)
+    except OSError as err:
+        raise _storage_error(path, len(data), err) from err
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)  # there only if something failed
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder to fill, which becomes `path` when the block ends without an exception.
+
+    Args:
+      path: the final name; its parent is made where missing.
+      overwrite: replace what stands there now; it is removed only once the new folder is whole.
+    Raises:
+      InputError if `path` exists and `overwrite` is false (checked before the block runs).
+      StorageError if the disk is full, read-only or failing; nothing is left under `path` then.
+    """
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists already: choose another --out, or pass --overwrite to replace it")
+    partial = _partial_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        for folder, _, files in os.walk(partial):
+            for name in files:
+                _fsync_path(Path(folder, name))
+            _fsync_path(Path(folder))
+        if path.exists():
+            replaced = _partial_name(path)
+            os.replace(path, replaced)
+            os.replace(partial, path)
+            shutil.rmtree(replaced, ignore_errors=True) if replaced.is_dir() else replaced.unlink()
+        else:
+            os.replace(partial, path)
+        fsync_folder(path.parent)
+    except OSError as err:
+        raise _storage_error(path, None, err) from err
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable. Raises: OSError."""
+    _fsync_path(folder)
+
+
+def sweep_partials(folder: Path) -> None:
+    """Removes partial files and folders directly in `folder` that a killed process left over a day ago."""
+    oldest = time.time() - _STALE_SECONDS
+    for partial in folder.glob(f"{PARTIAL_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if partial.lstat().st_mtime < oldest:
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def _partial_name(path: Path) -> Path:
+    # A name of its own: neither a twin process nor a leftover can stand in the way. It does not contain the
+    # final name, which may already be as long as the file system allows.
+    return path.with_name(f"{PARTIAL_PREFIX}{uuid.uuid4().hex}")
+
+
+def _fsync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_error(path: Path, num_bytes: int | None, err: OSError) -> StorageError:
+    what = f"{path}: cannot write" + (f" {num_bytes:,} bytes" if num_bytes is not None else "")
+    if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StorageError(f"{what}: {err.strerror}. Free some space and run the same command again.")
+    return StorageError(f"{what}: {err.strerror or err}")
