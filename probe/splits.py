@@ -1,0 +1,108 @@
+"""Which rows train, which choose, and which are opened once at the end."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold
+
+from probe.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Row indices, ascending and disjoint.
+
+    train fits, val chooses, test is opened once; val_is_given: whether the data had a validation split, else
+    val was held out of train.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+    val_is_given: bool
+
+
+def resolve_splits(
+    labels: np.ndarray,
+    splits: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    class_names: Sequence[str],
+    val_fraction: float,
+    seed: int,
+) -> Splits:
+    """Decides which rows train, choose and test.
+
+    Args:
+      labels: [N] integers, -1 for rows without a label, which are left out.
+      splits: [N] of "train", "val", "test", or "" for none said, which counts as train.
+      groups: [N] of text; rows of one group stay together when validation rows are held out; "" is no group.
+      class_names: of the C classes.
+      val_fraction: share of train, class by class, that is held out where no row says "val".
+      seed: of the rows held out.
+    Raises: InputError if a class is in val or test but not in train, if train has fewer than two classes, or
+      if no row can be held out.
+    """
+    labelled = labels >= 0
+    (test,) = np.nonzero(labelled & (splits == "test"))
+    (val,) = np.nonzero(labelled & (splits == "val"))
+    (train,) = np.nonzero(labelled & (splits != "test") & (splits != "val"))
+    check_classes(labels, {"train": train, "val": val, "test": test}, class_names)
+    if len(val):
+        return Splits(train, val, test, val_is_given=True)
+    held = _hold_out(labels[train], None if groups is None else groups[train], val_fraction, seed)
+    if not held.any():
+        raise InputError(
+            f"none of the {len(train)} training rows can be held out to choose on: each class has one row "
+            "or one group alone. Add examples, or a val split."
+        )
+    return Splits(train[~held], train[held], test, val_is_given=False)
+
+
+def check_classes(labels: np.ndarray, rows: dict[str, np.ndarray], class_names: Sequence[str]) -> None:
+    """Refuses splits that cannot be learned from or judged.
+
+    Raises: InputError if train has fewer than two classes, or another split has a class that train lacks.
+    """
+    known = set(np.unique(labels[rows["train"]]).tolist())
+    if len(known) < 2:
+        found = ", ".join(repr(class_names[label]) for label in sorted(known)) or "none"
+        raise InputError(
+            f"the training rows have {len(known)} class ({found}); a classifier needs at least two. "
+            "Give each class a folder or a label of its own."
+        )
+    faults = []
+    for split, indices in rows.items():
+        unknown = sorted(class_names[label] for label in set(np.unique(labels[indices]).tolist()) - known)
+        if unknown:
+            faults.append(f"{split} has {', '.join(map(repr, unknown))}")
+    if faults:
+        in_train = ", ".join(repr(name) for name in sorted(class_names[label] for label in known))
+        raise InputError(
+            f"classes that train lacks: {'; '.join(faults)}; train has {in_train}. "
+            "Add training examples of them, or take them out."
+        )
+
+
+def _hold_out(labels: np.ndarray, groups: np.ndarray | None, fraction: float, seed: int) -> np.ndarray:
+    """[N] bool: a stratified share; of each class one row at least stays, and one goes where there are two."""
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(labels), bool)
+    if groups is not None and (groups != "").any():
+        names, group_of_row = np.unique(groups, return_inverse=True)
+        alone = groups == ""
+        group_of_row[alone] = len(names) + np.arange(alone.sum())  # no group said: a group of its own
+        folds = StratifiedGroupKFold(max(2, round(1 / fraction)), shuffle=True, random_state=seed)
+        for _, rows in folds.split(labels, labels, group_of_row):
+            held[rows] = True
+            for label in np.setdiff1d(labels, labels[~held]):  # a class in one group alone must be trained on
+                held[np.isin(group_of_row, group_of_row[labels == label])] = False
+            if held.any():
+                break
+        return held
+    for label in np.unique(labels):
+        (rows,) = np.nonzero(labels == label)
+        num_held = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+        held[rng.permutation(rows)[:num_held]] = True
+    return held

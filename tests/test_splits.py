@@ -1,0 +1,77 @@
+"""Splits: every labelled row is in one place, what is held out is stratified, and classes are checked."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probe.errors import InputError
+from probe.splits import resolve_splits
+
+NAMES = ("ant", "bee", "cat", "dog")
+
+
+def resolve(labels, splits=None, groups=None, *, fraction=0.25, seed=0):
+    labels = np.asarray(labels)
+    splits = np.full(len(labels), "") if splits is None else np.asarray(splits)
+    return resolve_splits(labels, splits, groups, class_names=NAMES, val_fraction=fraction, seed=seed)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rest=st.lists(st.integers(-1, 3), max_size=40),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 100),
+)
+def test_held_out_rows_are_stratified(rest, fraction, seed):
+    labels = np.array([0, 0, 1, *rest])
+    found = resolve(labels, fraction=fraction, seed=seed)
+    again = resolve(labels, fraction=fraction, seed=seed)
+    np.testing.assert_array_equal(found.val, again.val)
+    assert sorted([*found.train, *found.val]) == np.nonzero(labels >= 0)[0].tolist()
+    assert not found.val_is_given
+    for label in set(labels[labels >= 0].tolist()):
+        num, num_held = (labels == label).sum(), (labels[found.val] == label).sum()
+        assert (labels[found.train] == label).any()
+        assert num == 1 or num_held >= 1
+        assert abs(num_held - fraction * num) <= 1
+
+
+def test_given_splits_are_kept():
+    splits = ["train", "val", "test", "", "train", "test"]
+    found = resolve([0, 1, 0, 1, -1, -1], splits)
+    assert (found.train.tolist(), found.val.tolist(), found.test.tolist()) == ([0, 3], [1], [2])
+    assert found.val_is_given
+
+
+def test_groups_stay_together():
+    labels = np.repeat([0, 1, 2, 3], 12)
+    groups = np.array([f"patient {i // 3}" if i % 12 < 9 else "" for i in range(48)])
+    found = resolve(labels, groups=groups)
+    assert not set(groups[found.train]) & (set(groups[found.val]) - {""})
+    assert 6 <= len(found.val) <= 18
+    assert set(labels[found.val]) == {0, 1, 2, 3}
+
+
+def test_a_class_of_one_group_stays_in_train():
+    groups = np.array(["a"] * 5 + ["b"] * 3 + ["c"] * 3 + ["d"] * 3)
+    found = resolve([0] * 5 + [1] * 9, groups=groups)
+    assert 0 not in np.array([0] * 5 + [1] * 9)[found.val]
+
+
+@pytest.mark.parametrize(
+    ("labels", "splits", "message"),
+    [
+        ([2, 2], None, r"1 class \('cat'\); a classifier needs at least two"),
+        ([-1, -1], None, r"0 class \(none\)"),
+        (
+            [0, 1, 2, 3],
+            ["train", "train", "test", "val"],
+            "val has 'dog'; test has 'cat'; train has 'ant', 'bee'",
+        ),
+        ([0, 1], None, "can be held out"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(labels, splits, message):
+    with pytest.raises(InputError, match=message):
+        resolve(labels, splits)
