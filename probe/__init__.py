@@ -1,4 +1,59 @@
 """probe: turn a pretrained vision backbone into a classifier that one can trust.
 
-The public names live here and are imported when first used (PEP 562): importing `probe` loads no jax.
+The public names live here and are imported when first used (PEP 562), so importing `probe` loads no jax.
+Everything that is not listed here may change.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds the two lists together
+    from probe.backbones import Backbone as Backbone
+    from probe.backbones import load_backbone as load_backbone
+    from probe.backbones import normalize_pixels as normalize_pixels
+    from probe.backbones import save_backbone as save_backbone
+    from probe.bundle import load as load_run
+    from probe.cache import Cache as Cache
+    from probe.config import EmbedConfig as EmbedConfig
+    from probe.config import FinetuneConfig as FinetuneConfig
+    from probe.config import FitLinearConfig as FitLinearConfig
+    from probe.config import PredictConfig as PredictConfig
+    from probe.embed import embed as embed_images
+    from probe.errors import ProbeError as ProbeError
+    from probe.finetune import finetune as finetune_images
+    from probe.heads import Classifier as Classifier
+    from probe.linear import fit_linear as fit_linear
+    from probe.optim import partition as partition
+    from probe.predict import predict as predict_images
+
+# A verb's function has its module's name, which `import probe.embed` would put in its place here: hence embed_images.
+_HOMES = {
+    "Backbone": ("probe.backbones", "Backbone"),
+    "Cache": ("probe.cache", "Cache"),
+    "Classifier": ("probe.heads", "Classifier"),
+    "EmbedConfig": ("probe.config", "EmbedConfig"),
+    "FinetuneConfig": ("probe.config", "FinetuneConfig"),
+    "FitLinearConfig": ("probe.config", "FitLinearConfig"),
+    "PredictConfig": ("probe.config", "PredictConfig"),
+    "ProbeError": ("probe.errors", "ProbeError"),
+    "embed_images": ("probe.embed", "embed"),
+    "finetune_images": ("probe.finetune", "finetune"),
+    "fit_linear": ("probe.linear", "fit_linear"),
+    "load_backbone": ("probe.backbones", "load_backbone"),
+    "load_run": ("probe.bundle", "load"),
+    "normalize_pixels": ("probe.backbones", "normalize_pixels"),
+    "partition": ("probe.optim", "partition"),
+    "predict_images": ("probe.predict", "predict"),
+    "save_backbone": ("probe.backbones", "save_backbone"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'probe' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

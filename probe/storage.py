@@ -55,8 +55,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
       InputError if `path` exists and `overwrite` is false (checked before the block runs).
       StorageError if the disk is full, read-only or failing; nothing is left under `path` then.
     """
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists already: choose another --out, or pass --overwrite to replace it")
+    require_free(path, overwrite=overwrite)
     partial = _partial_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +77,12 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise _storage_error(path, None, err) from err
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_free(path: Path, *, overwrite: bool) -> None:
+    """Checks before any work is done that `atomic_folder` will be allowed to write `path`. Raises: InputError."""
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists already: choose another --out, or pass --overwrite to replace it")
 
 
 def fsync_folder(folder: Path) -> None:

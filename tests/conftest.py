@@ -1,0 +1,52 @@
+"""What every test may ask for: tiny real checkpoints, and a folder of pictures whose classes can be told apart."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.checkpoints import write_tiny_clip, write_tiny_resnet
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # development photos and weights, not part of the product
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a CLIP vision tower: width 16, projection 8, images of 16 × 16."""
+    return write_tiny_clip(tmp_path_factory.mktemp("checkpoints") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a ResNet: width 16, images of 32 × 32."""
+    return write_tiny_resnet(tmp_path_factory.mktemp("checkpoints") / "tiny-resnet")
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """root/{train,test}/{blue,green,red}/*.png: 12 and 4 noisy pictures a class, of 20 × 24 pixels."""
+    return write_image_folder(tmp_path / "images", {"train": 12, "test": 4})
+
+
+def write_image_folder(root: Path, num_per_class: dict[str, int], classes: tuple[str, ...] = ("blue", "green", "red"), seed: int = 0) -> Path:
+    """Writes root/split/class/*.png; the class is the brightest colour. An empty split name means root/class/*."""
+    rng = np.random.default_rng(seed)
+    channels = {"red": 0, "green": 1, "blue": 2}
+    for split, num in num_per_class.items():
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(num):
+                pixels = rng.integers(0, 120, (20, 24, 3), np.uint8)
+                pixels[..., channels[name]] += 100
+                Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real photos and weights beside the checkout; skips the test where it is absent."""
+    if not (SHARED / "data" / "dogs_cats").is_dir():
+        pytest.skip(f"real photos and weights are not here: {SHARED} is absent")
+    return SHARED
