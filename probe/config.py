@@ -89,6 +89,8 @@ class FitLinearConfig:
     """Step size of Adam (MLP)."""
     seed: int = 0
     """Seed of the validation split, the initial weights and the order of the rows."""
+    no_refit: Flag = False
+    """Keep the head that train alone gave; else λ is chosen on validation and train + validation are fitted."""
     bundle_backbone: Flag = False
     """Copy the backbone into the run folder, so that `probe predict` needs nothing else."""
     json: Flag = False
@@ -165,6 +167,8 @@ class PredictConfig:
     """Image file, or folder of images, searched through all its subfolders."""
     out: Path | None = None
     """CSV file to write: path, predicted class, probability of each class (default: stdout)."""
+    overwrite: Flag = False
+    """Replace what stands under --out."""
     backbone: str | None = None
     """Where the backbone is now, if it has moved since the run was made."""
     batch_size: int = 32

@@ -26,7 +26,7 @@ def num_logits(num_classes: int, *, multi_label: bool = False) -> int:
 
 
 def class_logits(logits: jax.Array) -> jax.Array:
-    """[B, K] outputs of a head -> [B, C] logits of a softmax; the one output z of two classes gives [0, z]."""
+    """[B, K] outputs of a head -> [B, C] logits of a softmax; the one output z of two gives [0, z]."""
     return jnp.pad(logits, ((0, 0), (1, 0))) if logits.shape[-1] == 1 else logits
 
 

@@ -41,8 +41,7 @@ def resolve_splits(
       class_names: of the C classes.
       val_fraction: share of train, class by class, that is held out where no row says "val".
       seed: of the rows held out.
-    Raises: InputError if a class is in val or test but not in train, if train has fewer than two classes, or
-      if no row can be held out.
+    Raises: InputError if train lacks a class or has fewer than two, or if no row can be held out.
     """
     labelled = labels >= 0
     (test,) = np.nonzero(labelled & (splits == "test"))
@@ -63,30 +62,32 @@ def resolve_splits(
 def check_classes(labels: np.ndarray, rows: dict[str, np.ndarray], class_names: Sequence[str]) -> None:
     """Refuses splits that cannot be learned from or judged.
 
-    Raises: InputError if train has fewer than two classes, or another split has a class that train lacks.
+    Raises: InputError if train has fewer than two classes, or lacks one that is named or that another split
+    has.
     """
-    known = set(np.unique(labels[rows["train"]]).tolist())
-    if len(known) < 2:
-        found = ", ".join(repr(class_names[label]) for label in sorted(known)) or "none"
+    present = {split: {class_names[label] for label in np.unique(labels[rows[split]])} for split in rows}
+    if len(present["train"]) < 2:
         raise InputError(
-            f"the training rows have {len(known)} class ({found}); a classifier needs at least two. "
-            "Give each class a folder or a label of its own."
+            f"the training rows have {len(present['train'])} class ({_quote(present['train']) or 'none'}); a "
+            "classifier needs at least two. Give each class a folder or a label of its own."
         )
-    faults = []
-    for split, indices in rows.items():
-        unknown = sorted(class_names[label] for label in set(np.unique(labels[indices]).tolist()) - known)
-        if unknown:
-            faults.append(f"{split} has {', '.join(map(repr, unknown))}")
-    if faults:
-        in_train = ", ".join(repr(name) for name in sorted(class_names[label] for label in known))
+    missing = set(class_names) - present["train"]
+    if missing:
+        found = [
+            f"{split} has {_quote(names & missing)}" for split, names in present.items() if names & missing
+        ]
         raise InputError(
-            f"classes that train lacks: {'; '.join(faults)}; train has {in_train}. "
-            "Add training examples of them, or take them out."
+            f"classes that train lacks: {_quote(missing)} ({'; '.join(found) or 'no row has them'}); "
+            f"train has {_quote(present['train'])}. Add training examples of them, or take them out."
         )
+
+
+def _quote(names: set[str]) -> str:
+    return ", ".join(map(repr, sorted(names)))
 
 
 def _hold_out(labels: np.ndarray, groups: np.ndarray | None, fraction: float, seed: int) -> np.ndarray:
-    """[N] bool: a stratified share; of each class one row at least stays, and one goes where there are two."""
+    """[N] bool: a stratified share; of each class one row stays, and one goes where there are two."""
     rng = np.random.default_rng(seed)
     held = np.zeros(len(labels), bool)
     if groups is not None and (groups != "").any():

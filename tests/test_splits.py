@@ -14,7 +14,8 @@ NAMES = ("ant", "bee", "cat", "dog")
 def resolve(labels, splits=None, groups=None, *, fraction=0.25, seed=0):
     labels = np.asarray(labels)
     splits = np.full(len(labels), "") if splits is None else np.asarray(splits)
-    return resolve_splits(labels, splits, groups, class_names=NAMES, val_fraction=fraction, seed=seed)
+    names = NAMES[: labels.max(initial=0) + 1]
+    return resolve_splits(labels, splits, groups, class_names=names, val_fraction=fraction, seed=seed)
 
 
 @settings(max_examples=50, deadline=None)
@@ -24,7 +25,7 @@ def resolve(labels, splits=None, groups=None, *, fraction=0.25, seed=0):
     seed=st.integers(0, 100),
 )
 def test_held_out_rows_are_stratified(rest, fraction, seed):
-    labels = np.array([0, 0, 1, *rest])
+    labels = np.array([0, 0, 1, 2, 3, *rest])
     found = resolve(labels, fraction=fraction, seed=seed)
     again = resolve(labels, fraction=fraction, seed=seed)
     np.testing.assert_array_equal(found.val, again.val)
@@ -67,8 +68,9 @@ def test_a_class_of_one_group_stays_in_train():
         (
             [0, 1, 2, 3],
             ["train", "train", "test", "val"],
-            "val has 'dog'; test has 'cat'; train has 'ant', 'bee'",
+            r"'cat', 'dog' \(val has 'dog'; test has 'cat'\); train has 'ant', 'bee'",
         ),
+        ([0, 2], None, r"lacks: 'bee' \(no row has them\)"),
         ([0, 1], None, "can be held out"),
     ],
 )
