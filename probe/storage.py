@@ -8,6 +8,7 @@ with `PARTIAL_PREFIX`, which nobody reads and `sweep_partials` removes.
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import time
@@ -19,6 +20,7 @@ from probe.errors import InputError, StorageError
 
 PARTIAL_PREFIX = ".partial-"
 _STALE_SECONDS = 24 * 3600  # a partial this old belongs to nobody: no shard takes a day to write
+_in_progress: set[Path] = set()  # partials of this process, for `remove_partials`
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -30,6 +32,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     Raises: StorageError if the disk is full, read-only or failing; no partial file is left then.
     """
     partial = _partial_name(path)
+    _in_progress.add(partial)
     try:
         with open(partial, "xb") as file:
             file.write(data)
@@ -42,6 +45,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)  # there only if something failed
+        _in_progress.discard(partial)
 
 
 @contextlib.contextmanager
@@ -57,6 +61,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     require_free(path, overwrite=overwrite)
     partial = _partial_name(path)
+    _in_progress.add(partial)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
@@ -83,6 +88,24 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     """Checks before any work is done that `atomic_folder` will be allowed to write `path`. Raises: InputError."""
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists already: choose another --out, or pass --overwrite to replace it")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes `folder` and what is missing above it, durably. Raises: StorageError."""
+    missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            fsync_folder(path.parent)
+    except OSError as err:
+        raise _storage_error(folder, None, err) from err
+
+
+def remove_partials() -> None:
+    """Removes what this process is in the middle of writing: for one that is about to end at once."""
+    for partial in tuple(_in_progress):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def fsync_folder(folder: Path) -> None:

@@ -1,0 +1,191 @@
+"""The reading side: a cache is trusted only if it proves itself."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from probe.cache.manifest import Manifest, load_manifest
+from probe.cache.plan import SPLITS, Failure, Names, Plan, ShardInfo, list_plans, load_plan
+from probe.cache.shards import damaged, load_sidecar, read_shard, sealed_numbers, shard_view
+from probe.cache.writer import resolve
+from probe.errors import InputError
+
+_CHUNK_ROWS = 16384
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """What is said about the N inputs that have an embedding, in the plan's order."""
+
+    names: Names
+    """Path relative to the source's root, or member name: opaque bytes."""
+    labels: np.ndarray
+    """int32 [N], -1 where unlabelled; or bool [N, C] if an input may have several classes."""
+    splits: np.ndarray
+    """str [N]: "train", "val", "test" or ""."""
+    groups: np.ndarray
+    """str [N]: what must not be torn apart by a split, or ""."""
+    keys: np.ndarray
+    """uint8 [N, 32]: SHA-256 of each input's bytes."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Cache:
+    """A cache folder, opened for reading: `table` says what the rows are, `embeddings` and `chunks` give
+    them.
+
+    Rows are numbered as in `table`; inputs that failed have none and never shift another's.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, plan: Plan, *, verify: bool) -> None:
+        self.root = root
+        self.plan = plan
+        self._manifest, self._verify = manifest, verify
+        self._verified: set[str] = set()
+        self._rows = np.flatnonzero(plan.shard >= 0)
+        self._shard, self._row = plan.shard[self._rows], plan.row[self._rows]
+        inputs = plan.inputs if len(self._rows) == len(plan.inputs) else plan.inputs.take(self._rows)
+        self.table = Table(
+            names=inputs.names,
+            labels=inputs.labels(),
+            splits=np.array(SPLITS)[inputs.split],
+            groups=np.array([*inputs.groups, ""])[inputs.group],  # -1 is the last
+            keys=plan.key[self._rows],
+        )
+
+    @classmethod
+    def open(cls, root: Path, *, verify: bool = True, partial: bool = False) -> Self:
+        """Opens the newest revision.
+
+        Args:
+          root: the cache folder.
+          verify: check each shard's SHA-256 when it is first touched.
+          partial: accept a cache whose embedding has not finished, with the rows that it has.
+        Raises: InputError if there is no cache, or an unfinished one; MismatchError if a later version made
+          it; CorruptError if something is damaged or missing.
+        """
+        manifest = load_manifest(root)
+        files = list_plans(root / "plan")
+        if not files:
+            raise InputError(f"{root}: nothing is embedded yet. Run `probe embed IMAGES --out {root}`.")
+        plan = load_plan(files[-1].path)
+        if not plan.complete:
+            sealed = sealed_numbers(root, plan.id)
+            if not partial:
+                num_shards = -(-len(plan.work) // manifest.shard_rows)
+                raise InputError(
+                    f"{root}: embedding has not finished ({len(sealed)} of {num_shards} shards). Run the "
+                    "same `probe embed` again to continue it, or pass --partial to use the rows that are there."
+                )
+            plan = resolve(
+                plan, manifest, {number: load_sidecar(root, path) for number, path in sealed.items()}
+            )
+        for info in plan.shards:
+            try:
+                size = (root / "shards" / info.name).stat().st_size
+            except OSError as err:
+                raise damaged(root, info, err.strerror or str(err)) from err
+            if size != info.num_bytes:
+                raise damaged(root, info, f"{size:,} bytes where {info.num_bytes:,} were written")
+        return cls(root, manifest, plan, verify=verify)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of everything that determines an embedding besides the image."""
+        return self._manifest.fingerprint
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint is made of."""
+        return self._manifest.identity
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the embeddings were made: the fields of the fingerprint, and names that do not count."""
+        return {**self._manifest.names, **self._manifest.identity}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, in the order of the labels' codes."""
+        return self.plan.inputs.class_names
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an input may have several classes."""
+        return self.plan.inputs.multi_label
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the kinds of embedding that are stored."""
+        return tuple(self._manifest.identity["views"])
+
+    def width(self, view: str = "pooler") -> int:
+        """D of a view. Raises: InputError if there is no such view."""
+        if view not in self._manifest.identity["views"]:
+            raise InputError(f"{self.root}: no view {view!r}; there are {', '.join(self.views)}")
+        return int(self._manifest.identity["views"][view])
+
+    @property
+    def failures(self) -> list[Failure]:
+        """The inputs that have no embedding, and why."""
+        return [
+            Failure(self.plan.inputs.names[row], reason, detail) for row, reason, detail in self.plan.failures
+        ]
+
+    @property
+    def num_pending(self) -> int:
+        """Inputs still to be embedded: 0 unless the cache was opened with partial=True."""
+        return len(self.plan.work)
+
+    def embeddings(self, view: str = "pooler", rows: np.ndarray | None = None) -> np.ndarray:
+        """float32 [n, D] embeddings of `rows` (all of them if None), in that order.
+
+        Raises: InputError if there is no such view; CorruptError if a shard is damaged.
+        """
+        wanted = np.arange(len(self.table)) if rows is None else np.asarray(rows)
+        out = np.empty((len(wanted), self.width(view)), np.float32)
+        filled = 0
+        for at, block in self._blocks(view, wanted):
+            out[at] = block
+            filled += len(at)
+        assert filled == len(wanted)
+        return out
+
+    def chunks(
+        self, view: str = "pooler", rows: np.ndarray | None = None, chunk_rows: int = _CHUNK_ROWS
+    ) -> Iterator[np.ndarray]:
+        """The same, at most `chunk_rows` at a time: for caches that do not fit into memory.
+
+        Rows in ascending order read each shard once or twice; scattered ones read many shards per chunk.
+        """
+        wanted = np.arange(len(self.table)) if rows is None else np.asarray(rows)
+        for start in range(0, len(wanted), chunk_rows):
+            yield self.embeddings(view, wanted[start : start + chunk_rows])
+
+    def _blocks(self, view: str, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(positions in `wanted`, their embeddings), by shard; the next is read while one is used."""
+        shards = self._shard[wanted]
+        order = np.argsort(shards, kind="stable")
+        numbers, starts = np.unique(shards[order], return_index=True)
+        groups = np.split(order, starts[1:]) if len(numbers) else []
+        with ThreadPoolExecutor(max_workers=2) as pool:  # hashing and reading leave Python's lock
+            ahead: collections.deque[Any] = collections.deque()
+            for number, at in zip(numbers.tolist(), groups, strict=True):
+                ahead.append((at, pool.submit(self._load, view, self.plan.shards[number])))
+                if len(ahead) > 2:
+                    at, loading = ahead.popleft()
+                    yield at, loading.result()[self._row[wanted[at]]]
+            for at, loading in ahead:
+                yield at, loading.result()[self._row[wanted[at]]]
+
+    def _load(self, view: str, info: ShardInfo) -> np.ndarray:
+        image = read_shard(self.root, info, verify=self._verify and info.name not in self._verified)
+        self._verified.add(info.name)
+        return shard_view(image, self.root, info, view, self.width(view))
