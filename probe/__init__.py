@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from probe.optim import partition as partition
     from probe.predict import predict as predict_images
 
-# A verb's function has its module's name, which `import probe.embed` would put in its place here: hence embed_images.
+# A verb's function has its module's name, and `import probe.embed` would put the module here under that name:
+# hence embed_images.
 _HOMES = {
     "Backbone": ("probe.backbones", "Backbone"),
     "Cache": ("probe.cache", "Cache"),

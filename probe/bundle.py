@@ -1,13 +1,13 @@
 """The saved classifier: a run folder that `predict` needs and nothing else does.
 
     manifest.json         SHA-256 of every other file of the run; written last, checked first
-    classifier.json       format version, class names, feature view, head widths, and which backbone it stands on
+    classifier.json       format version, class names, feature view, head widths, which backbone it stands on
     head.safetensors      the head's parameters, float32, acting on raw embeddings (any scaling is folded in)
-    preprocessor_config.json   how a picture becomes the backbone's input
+    preprocessor_config.json  how a picture becomes the backbone's input
     config.json           the configuration that made the run, and the versions that ran it
     metrics.json          its figures
-    backbone/             the weights, where they were fine-tuned or asked for; else name, revision and fingerprint
-                          in classifier.json say which backbone is meant
+    backbone/             the weights, where they were fine-tuned or asked for; else name, revision and
+                          fingerprint in classifier.json say which backbone is meant
 
 No pickle anywhere. The folder appears under its name only when it is complete.
 """
@@ -91,9 +91,9 @@ class Bundle:
             found = load_backbone(name)
         if found.fingerprint != self.backbone.fingerprint:
             raise MismatchError(
-                f"{found.name}: its fingerprint is {found.fingerprint[:12]}, but {self.folder} was trained on "
-                f"{self.backbone.name!r} with fingerprint {self.backbone.fingerprint[:12]}: weights, config or "
-                "preprocessing differ. Give the original backbone with --backbone, or train again on this one."
+                f"{found.name}: its fingerprint is {found.fingerprint[:12]}, but {self.folder} was trained "
+                f"on {self.backbone.name!r} with fingerprint {self.backbone.fingerprint[:12]}: weights, config "
+                "or preprocessing differ. Give the original with --backbone, or train again on this one."
             )
         return found
 
@@ -153,7 +153,9 @@ def save(
             from probe.backbones import save_backbone
 
             save_backbone(backbone_copy, folder / _BACKBONE_FOLDER)
-        manifest = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        manifest = {
+            str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        }
         (folder / _MANIFEST).write_bytes(_json_bytes(manifest))
 
 
@@ -171,7 +173,11 @@ def load(run: Path) -> Bundle:
         faults = [fault for name, digest in manifest.items() if (fault := _fault(run / name, digest))]
     except (ValueError, AttributeError, TypeError) as err:
         raise CorruptError(f"{run / _MANIFEST}: damaged: {err}. Train again, or restore the file.") from err
-    faults += [f"{name}: not in {_MANIFEST}" for name in (_CLASSIFIER, _HEAD, "preprocessor_config.json") if name not in manifest]
+    faults += [
+        f"{name}: not in {_MANIFEST}"
+        for name in (_CLASSIFIER, _HEAD, "preprocessor_config.json")
+        if name not in manifest
+    ]
     if faults:
         raise CorruptError(f"{run}: {'; '.join(faults)}. Restore the run folder from a copy, or train again.")
     classifier = json.loads((run / _CLASSIFIER).read_bytes())
@@ -186,7 +192,8 @@ def load(run: Path) -> Bundle:
         multi_label=classifier["multi_label"],
         view=classifier["view"],
         head=TrainedHead(
-            hidden=tuple(classifier["hidden"]), params=unflatten_dict(safetensors.numpy.load((run / _HEAD).read_bytes()), sep="/")
+            hidden=tuple(classifier["hidden"]),
+            params=unflatten_dict(safetensors.numpy.load((run / _HEAD).read_bytes()), sep="/"),
         ),
         backbone=BackboneReference(**classifier["backbone"]),
         finetuned=classifier["finetuned"],

@@ -1,4 +1,4 @@
-"""The command line: argv to config, config to one library call, its result to stdout, an error to an exit code.
+"""The command line: argv to config, config to one call, its result to stdout, an error to an exit code.
 
 jax is imported inside the verb, so that `--help` answers at once.
 """

@@ -1,4 +1,4 @@
-"""One frozen dataclass per verb: validated where it is made, it is the command line, and it is saved with each run.
+"""One frozen dataclass per verb: validated where it is made, it is the command line, and is saved with runs.
 
 Past this point nothing re-checks a value and nothing has a second default. Importing this module loads neither
 jax nor numpy, so that `probe --help` answers at once.
@@ -42,7 +42,7 @@ class EmbedConfig:
     images: Positional[Path]
     """Folder of images: root/class/* or root/{train,val,test}/class/*."""
     backbone: str
-    """Hub id (openai/clip-vit-base-patch32, optionally @revision) or a local folder in Hugging Face layout."""
+    """Hub id (openai/clip-vit-base-patch32, or with @revision) or a local folder in Hugging Face layout."""
     out: Path
     """Cache folder to create or to continue."""
     batch_size: int | None = None

@@ -66,7 +66,8 @@ class Progress:
         rate = self._done / (time.monotonic() - self._started)
         left = (self._total - self._done) / rate if rate else float("inf")
         print(
-            f"{self._verb}: {self._done:,} of {self._total:,} {self._unit}, {rate:.1f} {self._unit}/s, {left:.0f} s left",
+            f"{self._verb}: {self._done:,} of {self._total:,} {self._unit}, "
+            f"{rate:.1f} {self._unit}/s, {left:.0f} s left",
             file=sys.stderr,
             flush=True,
         )

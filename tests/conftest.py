@@ -29,7 +29,12 @@ def image_folder(tmp_path: Path) -> Path:
     return write_image_folder(tmp_path / "images", {"train": 12, "test": 4})
 
 
-def write_image_folder(root: Path, num_per_class: dict[str, int], classes: tuple[str, ...] = ("blue", "green", "red"), seed: int = 0) -> Path:
+def write_image_folder(
+    root: Path,
+    num_per_class: dict[str, int],
+    classes: tuple[str, ...] = ("blue", "green", "red"),
+    seed: int = 0,
+) -> Path:
     """Writes root/split/class/*.png; the class is the brightest colour. An empty split name means root/class/*."""
     rng = np.random.default_rng(seed)
     channels = {"red": 0, "green": 1, "blue": 2}

@@ -26,7 +26,9 @@ def save(out: Path, checkpoint: Path, *, hidden: tuple[int, ...] = (), copy: boo
         head=head,
         class_names=("a", "b", "ç <c>"),
         view="pooler",
-        backbone=bundle.BackboneReference(name=backbone.name, revision=backbone.revision, fingerprint=backbone.fingerprint),
+        backbone=bundle.BackboneReference(
+            name=backbone.name, revision=backbone.revision, fingerprint=backbone.fingerprint
+        ),
         preprocessor_config=backbone.preprocessing.to_config(),
         backbone_copy=backbone if copy else None,
         config={"seed": 0},
@@ -78,7 +80,7 @@ def test_every_flipped_bit_and_missing_file_is_noticed(tiny_clip: Path, tmp_path
         damaged = bytearray(whole)
         damaged[len(whole) // 2] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(CorruptError, match="damaged|missing|not in manifest"):
+        with pytest.raises(CorruptError, match=r"damaged|missing|not in manifest"):
             bundle.load(tmp_path / "run")
         path.unlink()
         with pytest.raises(InputError if path.name == "manifest.json" else CorruptError, match=path.name):

@@ -34,7 +34,9 @@ def assert_refused(result: tuple[int, str, str], code: int, *words: str) -> None
 
 
 def test_help_loads_no_jax_and_answers_at_once() -> None:
-    check = "import sys; from probe.cli import main; main(['--help']); print('jax' in sys.modules, 'numpy' in sys.modules)"
+    check = (
+        "import sys; from probe.cli import main; main(['--help']); print('jax' in sys.modules, 'numpy' in sys.modules)"
+    )
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -91,18 +93,40 @@ def test_json_goes_to_stdout_and_is_what_metrics_json_holds(
     assert json.loads(out) == json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 
-def test_a_list_option_does_not_swallow_the_images(tiny_clip: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_option_does_not_swallow_the_images(
+    tiny_clip: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--backbone", tiny_clip, "--out", tmp_path / "run", "--epochs", 1]
     assert run(capsys, "finetune", *options, "--freeze", "backbone", image_folder)[0] == 0
 
 
-def test_hidden_takes_widths_and_leaves_the_cache_alone(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(capsys, "fit-linear", "--head", "mlp", "--out", tmp_path / "run", "--epochs", 1, "--hidden", 8, 4, trained / "cache")
+def test_hidden_takes_widths_and_leaves_the_cache_alone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(
+        capsys,
+        "fit-linear",
+        "--head",
+        "mlp",
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--hidden",
+        8,
+        4,
+        trained / "cache",
+    )
     assert result[0] == 0, result[2]
 
 
 def test_usage_errors_exit_with_2(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_refused(run(capsys, "fit-linear", trained / "cache", "--out", tmp_path / "run", "--head", "mlp", "--hidden", 0), 2, "--hidden", "0")
+    assert_refused(
+        run(capsys, "fit-linear", trained / "cache", "--out", tmp_path / "run", "--head", "mlp", "--hidden", 0),
+        2,
+        "--hidden",
+        "0",
+    )
     assert run(capsys, "fit-linear", trained / "cache")[0] == 2  # --out is missing
     assert run(capsys, "fit-linear", trained / "cache", "--out", tmp_path / "run", "--bundle-backbone", "False")[0] == 2
     assert list(tmp_path.iterdir()) == []
@@ -124,7 +148,9 @@ class TestBadInput:
         assert_refused(result, 3, "empty", "root/class/*")
 
     @pytest.mark.parametrize("verb", ["embed", "finetune"])
-    def test_missing_folder_and_a_file_in_place_of_one(self, verb: str, tiny_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_missing_folder_and_a_file_in_place_of_one(
+        self, verb: str, tiny_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         (tmp_path / "notes.txt").write_text("not images")
         for name in ("nowhere", "notes.txt"):
             result = run(capsys, verb, tmp_path / name, "--backbone", tiny_clip, "--out", tmp_path / "out")
@@ -135,13 +161,17 @@ class TestBadInput:
         result = run(capsys, "finetune", images, "--backbone", tiny_clip, "--out", tmp_path / "out")
         assert_refused(result, 3, "red", "class")
 
-    def test_a_test_class_that_train_lacks(self, tiny_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_test_class_that_train_lacks(
+        self, tiny_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         images = write_image_folder(tmp_path / "images", {"train": 6}, classes=("red", "green"))
         write_image_folder(images, {"test": 2}, classes=("blue", "red"))
         result = run(capsys, "finetune", images, "--backbone", tiny_clip, "--out", tmp_path / "out")
         assert_refused(result, 3, "blue", "train")
 
-    def test_a_cache_made_with_another_backbone(self, trained: Path, tiny_resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_cache_made_with_another_backbone(
+        self, trained: Path, tiny_resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         result = run(capsys, "embed", trained / "images", "--backbone", tiny_resnet, "--out", trained / "cache")
         assert_refused(result, 5, "backbone", "cache")
 
@@ -151,7 +181,9 @@ class TestBadInput:
         shard.write_bytes(shard.read_bytes()[:-100])
         assert_refused(run(capsys, "fit-linear", cache, "--out", tmp_path / "out"), 6, shard.name)
 
-    def test_a_run_folder_with_a_missing_or_damaged_file(self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_run_folder_with_a_missing_or_damaged_file(
+        self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         for name in ("head.safetensors", "classifier.json", "metrics.json", "manifest.json"):
             damaged = copy_folder(trained / "run", tmp_path / f"run-without-{name}")
             (damaged / name).unlink()
@@ -161,7 +193,11 @@ class TestBadInput:
         head = bytearray((damaged / "head.safetensors").read_bytes())
         head[-1] ^= 1
         (damaged / "head.safetensors").write_bytes(head)
-        assert_refused(run(capsys, "predict", damaged, trained / "images", "--out", tmp_path / "out"), 6, "head.safetensors is damaged")
+        assert_refused(
+            run(capsys, "predict", damaged, trained / "images", "--out", tmp_path / "out"),
+            6,
+            "head.safetensors is damaged",
+        )
 
     def test_out_that_exists_is_kept(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         before = (trained / "run" / "manifest.json").read_bytes()

@@ -20,7 +20,7 @@ def block_under(heading: str, language: str) -> str:
 def test_first_command_runs_and_classifies_digits(tmp_path: Path) -> None:
     command = block_under("Try it", "bash")
     install, rest = re.split(r"&& (?=\.venv/bin/python data)", command)
-    assert install.split() == "python3 -m venv .venv && .venv/bin/pip install -q .".split()
+    assert install.strip() == "python3 -m venv .venv && .venv/bin/pip install -q ."
     # The environment that runs this test stands for the fresh one; `work` for the folder that the reader gets.
     rest = rest.replace(".venv/bin/", f"{shlex.quote(str(BIN))}/").replace("work", shlex.quote(str(tmp_path / "work")))
     done = subprocess.run(rest, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=240)

@@ -1,0 +1,127 @@
+"""`probe predict`: classifies images with what `fit-linear` or `finetune` saved."""
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from probe import bundle
+from probe.backbones import make_embed_fn
+from probe.config import PredictConfig
+from probe.errors import InputError
+from probe.heads import class_logits
+from probe.images import load_images
+from probe.progress import Progress
+from probe.sources import display_name, open_source
+from probe.storage import atomic_write_bytes, require_free
+
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet would run such a cell (OWASP)
+
+
+def predict(config: PredictConfig) -> dict[str, Any]:
+    """Classifies every image under `config.images`.
+
+    Returns: {"class_names": [C], "predictions": [{"path", "predicted", "probabilities": [C]}], "failures":
+      [{"path", "reason", "detail"}], "out"}; an image that cannot be read has no prediction and shifts no
+      other's. With several labels per image, "predicted" is the list of those with a probability of one half or more.
+    Raises: InputError if there is nothing to classify, or at the first unreadable image with on_error="fail";
+      MismatchError and CorruptError as `bundle.load` and `Bundle.load_backbone` do.
+    """
+    if config.out is not None:
+        require_free(config.out, overwrite=config.overwrite)
+    classifier = bundle.load(config.run)
+    source = open_source(config.images, labelled=False)
+    backbone = classifier.load_backbone(config.backbone)
+    embed_fn = make_embed_fn(backbone, (classifier.view,))
+    failures: list[dict[str, str]] = []
+
+    def readable() -> Iterator[tuple[str, np.ndarray]]:
+        """(path, pixels) of one image after another; failures are put aside."""
+        items = source.iter_bytes(source.examples)
+        with Progress("classifying", total=len(source.examples), unit="images") as progress:
+            for image in load_images(items, backbone.preprocessing, num_workers=config.num_workers):
+                path = os.fsdecode(image.example.name)
+                if image.pixels is not None:
+                    yield path, image.pixels
+                elif config.on_error == "fail":
+                    name = display_name(image.example.name)
+                    raise InputError(f"{name}: {image.failure}. Mend it, or pass --on-error skip.")
+                elif image.failure is not None:
+                    failures.append({"path": path, "reason": image.failure.reason, "detail": str(image.failure)})
+                progress.advance(1)
+
+    def probabilities(pixels: list[np.ndarray]) -> np.ndarray:
+        """[n] images [H, W, 3] -> [n, C]."""
+        padding = [np.zeros_like(pixels[0])] * (config.batch_size - len(pixels))  # one shape, one compilation
+        embeddings = embed_fn(backbone.variables, np.stack(pixels + padding))[classifier.view]
+        logits = classifier.head.apply(embeddings)
+        normalise = jax.nn.sigmoid if classifier.multi_label else jax.nn.softmax
+        return np.asarray(normalise(logits if classifier.multi_label else class_logits(logits)))[: len(pixels)]
+
+    predictions: list[dict[str, Any]] = []
+    for paths, pixels in _in_batches(readable(), config.batch_size):
+        for path, row in zip(paths, probabilities(pixels), strict=True):
+            predictions.append(
+                {
+                    "path": path,
+                    "predicted": _decide(row, classifier),
+                    "probabilities": [float(p) for p in row],
+                }
+            )
+    if not predictions:
+        raise InputError(f"{config.images}: none of its {len(failures)} images can be read: {failures[0]['detail']}")
+    result = {"class_names": list(classifier.class_names), "predictions": predictions, "failures": failures}
+    if config.out is not None:
+        atomic_write_bytes(config.out, _csv(result))
+    return {**result, "out": None if config.out is None else str(config.out)}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The lines printed on stdout: the CSV itself, or where it was written; failures stand on stderr."""
+    for failure in result["failures"]:
+        name = display_name(os.fsencode(failure["path"]))
+        print(f"{name}: not classified: {failure['detail']} ({failure['reason']})", file=sys.stderr)
+    if result["out"] is None:
+        return _csv(result).decode(errors="backslashreplace").rstrip("\n")
+    failed = f", {len(result['failures'])} could not be read" if result["failures"] else ""
+    return f"{len(result['predictions'])} images classified{failed}: {result['out']}"
+
+
+def _in_batches(images: Iterator[tuple[str, np.ndarray]], size: int) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    paths: list[str] = []
+    pixels: list[np.ndarray] = []
+    for path, image in images:
+        paths.append(path)
+        pixels.append(image)
+        if len(paths) == size:
+            yield paths, pixels
+            paths, pixels = [], []
+    if paths:
+        yield paths, pixels
+
+
+def _decide(probabilities: np.ndarray, classifier: bundle.Bundle) -> str | list[str]:
+    names = classifier.class_names
+    if classifier.multi_label:
+        return [name for name, p in zip(names, probabilities, strict=True) if p >= 0.5]
+    return names[int(probabilities.argmax())]
+
+
+def _csv(result: dict[str, Any]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "predicted", *map(_inert, result["class_names"])])
+    for row in result["predictions"]:
+        predicted = row["predicted"] if isinstance(row["predicted"], str) else "|".join(row["predicted"])
+        writer.writerow([_inert(row["path"]), _inert(predicted), *(f"{p:.6f}" for p in row["probabilities"])])
+    return text.getvalue().encode(errors="surrogateescape")  # a name that is no text keeps its bytes
+
+
+def _inert(cell: str) -> str:
+    """The cell as text that a spreadsheet shows and does not run."""
+    return f"'{cell}" if cell.startswith(_FORMULA_STARTS) else cell

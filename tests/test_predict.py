@@ -1,0 +1,84 @@
+"""`probe predict`: every readable image gets its own prediction, and no other's."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from probe.cli import main
+from probe.config import PredictConfig
+from probe.errors import InputError
+from probe.predict import describe, predict
+from tests.checkpoints import write_tiny_clip
+from tests.conftest import write_image_folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images/, clip/, cache/, run/ (fit-linear) and tuned/ (finetune)."""
+    root = tmp_path_factory.mktemp("predict")
+    write_image_folder(root / "images", {"train": 12, "test": 4})
+    write_tiny_clip(root / "clip")
+    images, backbone = str(root / "images"), ["--backbone", str(root / "clip")]
+    assert main(["embed", images, *backbone, "--out", str(root / "cache")]) == 0
+    assert main(["fit-linear", str(root / "cache"), "--out", str(root / "run")]) == 0
+    assert main(["finetune", images, *backbone, "--out", str(root / "tuned"), "--epochs", "1"]) == 0
+    return root
+
+
+@pytest.mark.parametrize("run", ["run", "tuned"])
+def test_predictions_are_those_of_the_metrics(run: str, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "predictions.csv"
+    result = predict(PredictConfig(run=trained / run, images=trained / "images" / "test", out=out, batch_size=5))
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "predicted", "blue", "green", "red"]
+    assert [row["path"] for row in rows] == sorted(
+        str(path.relative_to(trained / "images" / "test")) for path in (trained / "images" / "test").rglob("*.png")
+    )
+    probabilities = np.array([[float(row[name]) for name in ("blue", "green", "red")] for row in rows])
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+    assert [row["predicted"] for row in rows] == [("blue", "green", "red")[p.argmax()] for p in probabilities]
+    accuracy = np.mean([row["path"].startswith(row["predicted"]) for row in rows])
+    metrics = json.loads((trained / run / "metrics.json").read_text())
+    assert accuracy == pytest.approx(metrics["splits"]["test"]["accuracy"])
+    assert "12 images" in describe(result)
+
+
+def test_a_prediction_does_not_depend_on_the_batch_it_came_in(trained: Path) -> None:
+    images = trained / "images" / "test"
+    whole = predict(PredictConfig(run=trained / "run", images=images, batch_size=4))["predictions"]
+    alone = predict(PredictConfig(run=trained / "run", images=images / "red" / "000.png", batch_size=4))["predictions"]
+    (same,) = [p for p in whole if p["path"] == "red/000.png"]
+    assert alone[0]["probabilities"] == same["probabilities"]  # to the bit: same batch shape, other place and fill
+
+
+def test_unreadable_images_are_reported_and_shift_nothing(trained: Path, tmp_path: Path) -> None:
+    images = write_image_folder(tmp_path / "images", {"": 2})
+    (images / "green" / "000a.jpg").write_bytes(b"<!DOCTYPE html>")
+    result = predict(PredictConfig(run=trained / "run", images=images))
+    assert [failure["path"] for failure in result["failures"]] == ["green/000a.jpg"]
+    (images / "green" / "000a.jpg").unlink()
+    assert predict(PredictConfig(run=trained / "run", images=images))["predictions"] == result["predictions"]
+    (images / "green" / "000a.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"000a\.jpg.*--on-error skip"):
+        predict(PredictConfig(run=trained / "run", images=images, on_error="fail", out=tmp_path / "out.csv"))
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_cells_that_a_spreadsheet_would_run_are_defused(trained: Path, tmp_path: Path) -> None:
+    images = write_image_folder(tmp_path / "images", {"": 1})
+    (images / "red" / "000.png").rename(images / "=cmd|' calc'!A1.png")
+    predict(PredictConfig(run=trained / "run", images=images, out=tmp_path / "out.csv"))
+    with open(tmp_path / "out.csv", newline="") as file:
+        assert "'=cmd|' calc'!A1.png" in [row["path"] for row in csv.DictReader(file)]
+
+
+def test_names_that_are_no_text_keep_their_bytes(trained: Path, tmp_path: Path) -> None:
+    images = write_image_folder(tmp_path / "images", {"": 1})
+    (images / "red" / "000.png").rename(os.fsdecode(os.fsencode(images) + b"/\xff\xfe,\n.png"))
+    predict(PredictConfig(run=trained / "run", images=images, out=tmp_path / "out.csv"))
+    assert b'"\xff\xfe,\n.png"' in (tmp_path / "out.csv").read_bytes()
