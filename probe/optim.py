@@ -6,8 +6,9 @@ pattern that matches a path labels it. A label is a learning rate, or FROZEN, or
 matches an inner node covers all below it: "backbone" is every parameter of the backbone.
 """
 
+import dataclasses
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -32,30 +33,55 @@ def partition(params: Params, rules: Mapping[str, Hashable]) -> Labels:
     Returns: nested dicts like `params`, with labels for leaves, as `optax.multi_transform` takes them.
     Raises: ConfigError that lists the parameters no rule covers and the rules that cover no parameter.
     """
-    regexes = {pattern: _compile(pattern) for pattern in rules}
+    labels = {path: rules[pattern] for path, pattern in _assign(params, rules).items()}
+    return dict(traverse_util.unflatten_dict(labels, sep="/"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The parameters that one rule labels: how many numbers they are."""
+
+    pattern: str
+    label: Any
+    num_parameters: int
+
+
+def parts(params: Params, rules: Mapping[str, Hashable]) -> list[Part]:
+    """What each rule covers, in the order of the rules; one that earlier rules left nothing is left out.
+
+    Raises: ConfigError as `partition` does.
+    """
+    leaves, patterns = traverse_util.flatten_dict(params, sep="/"), _assign(params, rules)
+    sizes = {
+        pattern: sum(leaves[path].size for path in leaves if patterns[path] == pattern) for pattern in rules
+    }
+    return [Part(pattern, rules[pattern], size) for pattern, size in sizes.items() if size]
+
+
+def _assign(params: Params, rules: Mapping[str, Hashable]) -> dict[str, str]:
+    """The pattern that each path falls to."""
     paths = traverse_util.flatten_dict(params, sep="/")
-    labels = {}
-    for path in paths:
-        matches = (rules[pattern] for pattern, regex in regexes.items() if regex.fullmatch(path + "/"))
-        labels[path] = next(matches, None)
-    uncovered = sorted(path for path, label in labels.items() if label is None)
-    idle = sorted(p for p, regex in regexes.items() if not any(regex.fullmatch(path + "/") for path in paths))
+    covered = {pattern: _matches(pattern, paths) for pattern in rules}
+    assigned = {path: pattern for pattern in reversed(list(rules)) for path in covered[pattern]}  # first wins
+    uncovered = sorted(set(paths) - set(assigned))
+    idle = sorted(pattern for pattern, matches in covered.items() if not matches)
     if uncovered or idle:
         raise ConfigError(
             "rules and parameters do not fit together.\n"
             f"  parameters without a rule: {', '.join(uncovered) or 'none'}\n"
-            f"  rules without a parameter: {', '.join(idle) or 'none'}\n"
-            + (f"  the parameters are: {', '.join(sorted(paths))}" if idle else "")
+            f"  rules without a parameter: {', '.join(idle) or 'none'}"
+            + (f"\n  the parameters are: {', '.join(sorted(paths))}" if idle else "")
         )
-    return dict(traverse_util.unflatten_dict(labels, sep="/"))
+    return assigned
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _matches(pattern: str, paths: Iterable[str]) -> list[str]:
     names = [
         r"(?:[^/]+/)*" if name == "**" else "[^/]*".join(map(re.escape, name.split("*"))) + "/"
         for name in pattern.strip("/").split("/")
     ]
-    return re.compile("".join(names) + r"(?:[^/]+/)*")  # paths are matched with a slash at their end
+    regex = re.compile("".join(names) + r"(?:[^/]+/)*")
+    return [path for path in paths if regex.fullmatch(f"{path}/")]
 
 
 def split(params: Params, labels: Labels) -> tuple[Params, Params]:

@@ -112,14 +112,17 @@ def make_train_step(apply_fn: ApplyFn, tx: optax.GradientTransformation) -> Trai
 
 
 def make_eval_step(apply_fn: ApplyFn) -> EvalStep:
-    """Compiles (params, frozen, model_state, inputs) -> logits [B, C], two classes having two columns."""
+    """Compiles (params, frozen, model_state, inputs) -> logits [B, C], two classes having two columns.
 
-    @jax.jit
-    def eval_step(params: Params, frozen: Params, model_state: Any, inputs: Any) -> jax.Array:
-        logits, _ = apply_fn(merge(params, frozen), model_state, inputs, None)
-        return class_logits(logits)
+    Two steps of one `apply_fn` share their compilation.
+    """
+    return functools.partial(_eval_step, apply_fn)
 
-    return eval_step
+
+@functools.partial(jax.jit, static_argnums=0)
+def _eval_step(apply_fn: ApplyFn, params: Params, frozen: Params, model_state: Any, inputs: Any) -> jax.Array:
+    logits, _ = apply_fn(merge(params, frozen), model_state, inputs, None)
+    return class_logits(logits)
 
 
 def merge(params: Params, frozen: Params) -> Params:

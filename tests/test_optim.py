@@ -82,6 +82,23 @@ def test_split_shares_no_leaf_and_loses_none(params):
     assert frozen["head"]["bias"] is params["head"]["bias"]
 
 
+def test_parts_count_what_each_rule_takes(params):
+    rules = {
+        "backbone/layers_1": optim.FROZEN,
+        "**/norm": 1e-5,
+        "backbone/*/norm": 1.0,
+        "backbone": 1e-4,
+        "head": 1e-3,
+    }
+    parts = [(part.pattern, part.label, part.num_parameters) for part in optim.parts(params, rules)]
+    assert parts == [
+        ("backbone/layers_1", "frozen", 8),
+        ("**/norm", 1e-5, 4),
+        ("backbone", 1e-4, 20),
+        ("head", 1e-3, 9),
+    ]
+
+
 def test_labels_may_be_a_prefix_of_the_parameters(params):
     """As in the guide: one label per part, instead of one per leaf."""
     tx = optax.multi_transform(

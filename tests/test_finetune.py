@@ -1,0 +1,283 @@
+"""`probe finetune`, and the laws that tie the full mode to the head-only mode."""
+
+import csv
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from probe import bundle, optim, train
+from probe.backbones import load_backbone
+from probe.config import FinetuneConfig
+from probe.errors import ConfigError, InputError, MismatchError
+from probe.finetune import describe, finetune, make_apply_fn
+from probe.heads import Classifier, TrainedHead
+from tests.conftest import write_image_folder
+
+
+@pytest.fixture(params=["tiny_clip", "tiny_resnet"])
+def backbone(request):
+    return load_backbone(str(request.getfixturevalue(request.param)))
+
+
+def classifier_of(backbone, num_classes=3):
+    """apply_fn, parameters and state of a classifier with a random head."""
+    classifier = Classifier(num_classes, backbone.module)
+    rng = np.random.default_rng(1)
+    head = {
+        "kernel": rng.normal(size=(backbone.width, num_classes)).astype(np.float32),
+        "bias": np.zeros(num_classes, np.float32),
+    }
+    state = {name: {"backbone": leaf} for name, leaf in backbone.variables.items() if name != "params"}
+    return (
+        make_apply_fn(classifier, backbone.preprocessing),
+        {"backbone": backbone.variables["params"], "head": head},
+        state,
+    )
+
+
+def random_images(backbone, num):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (num, *backbone.preprocessing.image_size, 3), np.uint8), np.arange(num) % 3
+
+
+def head_only(params, model_state, inputs, key):
+    return inputs @ params["head"]["kernel"] + params["head"]["bias"], model_state
+
+
+def test_a_frozen_backbone_equals_head_only_mode(backbone):
+    """The same batches through the same step, once as images and once as embeddings."""
+    apply_fn, params, state = classifier_of(backbone)
+    images, labels = random_images(backbone, 10)
+    embeddings = np.asarray(backbone.apply(backbone.variables, images).pooler_output)
+    tx = optax.adam(1e-2)
+    full = train.TrainState.create({"head": params["head"]}, tx, seed=0, model_state=state)
+    head = train.TrainState.create({"head": params["head"]}, tx, seed=0)
+    full_step, head_step = train.make_train_step(apply_fn, tx), train.make_train_step(head_only, tx)
+    for pixels, features in zip(
+        train.padded_batches(images, labels, 4), train.padded_batches(embeddings, labels, 4), strict=True
+    ):
+        full, full_sums = full_step(full, {"backbone": params["backbone"]}, pixels)
+        head, head_sums = head_step(head, {}, features)
+        np.testing.assert_allclose(full_sums.nll_sum, head_sums.nll_sum, rtol=1e-5)
+    # Adam divides by the gradient's own size, so float error in a gradient near 0 is of the order of the
+    # rate.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), full.params, head.params)
+
+
+def flops(step, *args):
+    return step.lower(*args).compile().cost_analysis()["flops"]
+
+
+def test_a_frozen_backbone_costs_no_more_than_inference(backbone):
+    """On the compiled programs: no gradient of a backbone weight is computed, no moments of it are kept."""
+    apply_fn, params, state = classifier_of(backbone)
+    images, labels = random_images(backbone, 4)
+    tx, batch = optax.adam(1e-3), train.padded_batch(images, labels, 4)
+    frozen = {"backbone": params["backbone"]}
+    inference = flops(jax.jit(functools.partial(apply_fn, key=None)), params, state, images)
+    whole = train.TrainState.create(params, tx, seed=0, model_state=state)
+    head = train.TrainState.create({"head": params["head"]}, tx, seed=0, model_state=state)
+    step = train.make_train_step(apply_fn, tx)
+    # The head's own gradient and Adam are some 50 operations per head weight.
+    head_work = 50 * sum(leaf.size for leaf in jax.tree.leaves(params["head"]))
+    assert inference < flops(step, head, frozen, batch) < inference + head_work
+    assert flops(step, whole, {}, batch) > 2 * inference
+    assert len(jax.tree.leaves(head.opt_state)) == 1 + 2 * 2
+
+
+def test_frozen_weights_are_not_constants_of_the_program(backbone):
+    """A program with its weights baked in would be compiled again for every backbone, and hold them twice."""
+    apply_fn, params, state = classifier_of(backbone)
+    images, labels = random_images(backbone, 4)
+    tx, batch = optax.adam(1e-3), train.padded_batch(images, labels, 4)
+    step = train.make_train_step(apply_fn, tx)
+    head = train.TrainState.create({"head": params["head"]}, tx, seed=0, model_state=state)
+    memory = step.lower(head, {"backbone": params["backbone"]}, batch).compile().memory_analysis()
+    used = {name: leaf for name, leaf in params["backbone"].items() if name != "visual_projection"}
+    assert memory.argument_size_in_bytes > sum(leaf.nbytes for leaf in jax.tree.leaves(used))
+
+
+def test_a_batch_size_of_evaluation_does_not_matter(backbone):
+    apply_fn, params, state = classifier_of(backbone)
+    images, labels = random_images(backbone, 7)
+    step = train.make_eval_step(apply_fn)
+    one, _ = train.predict_logits(step, params, {}, state, train.padded_batches(images, labels, 1))
+    four, _ = train.predict_logits(step, params, {}, state, train.padded_batches(images, labels, 4))
+    np.testing.assert_allclose(one, four, atol=1e-4)
+
+
+@pytest.fixture
+def config(image_folder, tiny_clip, tmp_path):
+    return FinetuneConfig(
+        images=image_folder,
+        backbone=str(tiny_clip),
+        out=tmp_path / "run",
+        epochs=3,
+        batch_size=8,
+        head_lr=0.1,
+        backbone_lr=1e-3,
+        num_workers=1,
+    )
+
+
+def test_a_run_is_whole_and_learns(config):
+    metrics = finetune(config)
+    assert metrics["splits"]["test"]["accuracy"] == 1.0
+    assert [metrics["splits"][name]["n"] for name in ("train", "val", "test")] == [30, 6, 12]
+    assert json.loads((config.out / "metrics.json").read_text()) == metrics
+    history = list(csv.DictReader((config.out / "history.csv").read_text().splitlines()))
+    assert [line["epoch"] for line in history] == ["1", "2", "3"]
+    assert float(history[-1]["train_loss"]) < float(history[0]["train_loss"])
+    run = bundle.load(config.out)
+    assert run.finetuned
+    tuned, original = run.load_backbone(), load_backbone(config.backbone)
+    assert tuned.fingerprint != original.fingerprint
+    # Only the projection stayed: it stands after the pooler, and decay must not melt what no gradient holds.
+    same = jax.tree.map(
+        lambda a, b: bool(np.array_equal(a, b)), tuned.variables["params"], original.variables["params"]
+    )
+    moved_paths = {
+        jax.tree_util.keystr(path) for path, equal in jax.tree_util.tree_leaves_with_path(same) if equal
+    }
+    assert moved_paths == {"['visual_projection']['kernel']"}
+    assert "accuracy 1.0000" in describe(metrics)
+
+
+def test_frozen_patterns_stay_bit_equal_and_the_rest_moves(config):
+    finetune(dataclasses.replace(config, freeze=("backbone/encoder/layers_0", "**/bias"), epochs=1))
+    tuned = bundle.load(config.out).load_backbone().variables["params"]
+    original = load_backbone(config.backbone).variables["params"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tuned):
+        name = "/".join(key.key for key in path)
+        before = original
+        for key in path:
+            before = before[key.key]
+        stays = name.startswith(("encoder/layers_0/", "visual_projection/")) or name.endswith("/bias")
+        assert np.array_equal(leaf, before) == stays, name
+
+
+@pytest.mark.parametrize("options", [{"freeze": ("backbone",)}, {"backbone_lr": 0.0}])
+def test_a_run_with_a_frozen_backbone_only_refers_to_it(config, options):
+    metrics = finetune(dataclasses.replace(config, **options))
+    run = bundle.load(config.out)
+    assert not run.finetuned
+    assert not (config.out / "backbone").exists()
+    assert run.backbone.fingerprint == load_backbone(config.backbone).fingerprint
+    assert [part["label"] for part in metrics["parts"]] == ["frozen", "frozen", 0.1]
+
+
+def test_two_classes_and_batch_statistics(tmp_path, tiny_resnet):
+    images = write_image_folder(tmp_path / "images", {"train": 8, "val": 4}, classes=("blue", "red"))
+    config = FinetuneConfig(
+        images=images,
+        backbone=str(tiny_resnet),
+        out=tmp_path / "run",
+        epochs=2,
+        batch_size=8,
+        head_lr=0.05,
+        num_workers=1,
+    )
+    metrics = finetune(config)
+    assert set(metrics["splits"]) == {"train", "val"}
+    assert metrics["val_is_given"]
+    run = bundle.load(config.out)
+    assert run.head.params["bias"].shape == (1,)
+    tuned, original = run.load_backbone(), load_backbone(str(tiny_resnet))
+    jax.tree.map(
+        np.testing.assert_array_equal, tuned.variables["batch_stats"], original.variables["batch_stats"]
+    )
+
+
+def test_the_same_seed_gives_the_same_run(config, tmp_path):
+    first, second = (
+        finetune(dataclasses.replace(config, out=tmp_path / name, epochs=1)) for name in ("a", "b")
+    )
+    for metrics in (first, second):
+        for line in metrics["history"]:
+            del line["seconds"]
+    assert first == second
+    assert (tmp_path / "a" / "head.safetensors").read_bytes() == (
+        tmp_path / "b" / "head.safetensors"
+    ).read_bytes()
+
+
+def saved_head(config, out, **changes):
+    """A run whose head is random, as `fit-linear` would save it."""
+    backbone = load_backbone(config.backbone)
+    rng = np.random.default_rng(5)
+    values = {
+        "head": TrainedHead(
+            (), {"kernel": rng.normal(size=(16, 3)).astype(np.float32), "bias": np.ones(3, np.float32)}
+        ),
+        "class_names": ("blue", "green", "red"),
+        "view": "pooler",
+        "backbone": bundle.BackboneReference(
+            name=backbone.name, revision=None, fingerprint=backbone.fingerprint
+        ),
+        "preprocessor_config": backbone.preprocessing.to_config(),
+        "config": {},
+        "metrics": {},
+    } | changes
+    bundle.save(out, **values)
+    return values["head"]
+
+
+def test_the_head_starts_from_another_run(config, tmp_path):
+    head = saved_head(config, tmp_path / "head")
+    finetune(
+        dataclasses.replace(config, init=tmp_path / "head", freeze=("backbone",), head_lr=1e-9, epochs=1)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        bundle.load(config.out).head.params,
+        head.params,
+    )
+
+
+def test_a_head_that_does_not_fit_is_refused_with_all_reasons(config, tmp_path):
+    wrong = bundle.BackboneReference(name="other", revision=None, fingerprint="0" * 64)
+    saved_head(config, tmp_path / "head", class_names=("cat", "dog", "eel"), view="projected", backbone=wrong)
+    with pytest.raises(MismatchError) as err:
+        finetune(dataclasses.replace(config, init=tmp_path / "head"))
+    assert "its classes are ['cat', 'dog', 'eel'], those of" in str(err.value)
+    assert "view 'projected'" in str(err.value)
+    assert "it stands on 'other' (000000000000)" in str(err.value)
+    assert not config.out.exists()
+
+
+def test_an_unreadable_image_is_left_out_and_reported(config):
+    (config.images / "train" / "blue" / "000.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    metrics = finetune(dataclasses.replace(config, epochs=1))
+    assert [failure["path"] for failure in metrics["failures"]] == ["train/blue/000.png"]
+    assert metrics["splits"]["train"]["n"] + metrics["splits"]["val"]["n"] == 35
+    assert "1 images could not be read" in describe(metrics)
+    with pytest.raises(InputError, match=r"train/blue/000\.png: .*--on-error skip"):
+        finetune(dataclasses.replace(config, out=config.out.with_name("other"), on_error="fail"))
+
+
+def test_nothing_to_train_is_an_error(config):
+    with pytest.raises(ConfigError, match="everything is frozen"):
+        finetune(dataclasses.replace(config, freeze=("**",)))
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(config):
+    with pytest.raises(ConfigError, match="rules without a parameter: backbone/layers_0\n"):
+        finetune(dataclasses.replace(config, freeze=("backbone/layers_0",)))
+
+
+def test_a_folder_that_exists_is_kept(config):
+    config.out.mkdir()
+    (config.out / "precious").touch()
+    with pytest.raises(InputError, match="exists already"):
+        finetune(config)
+
+
+def test_rules_cover_every_parameter_of_both_towers(backbone):
+    params = {"backbone": backbone.variables["params"], "head": {"kernel": np.zeros((2, 2))}}
+    labels = optim.partition(params, {"backbone": 1e-5, "head": 1e-3})
+    assert jax.tree.structure(labels) == jax.tree.structure(params)
