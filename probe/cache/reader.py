@@ -81,8 +81,8 @@ class Cache:
             if not partial:
                 num_shards = -(-len(plan.work) // manifest.shard_rows)
                 raise InputError(
-                    f"{root}: embedding has not finished ({len(sealed)} of {num_shards} shards). Run the "
-                    "same `probe embed` again to continue it, or pass --partial to use the rows that are there."
+                    f"{root}: embedding has not finished ({len(sealed)} of {num_shards} shards). Run "
+                    "the same `probe embed` again to continue it, or pass --partial to use the rows that are there."
                 )
             plan = resolve(
                 plan, manifest, {number: load_sidecar(root, path) for number, path in sealed.items()}
