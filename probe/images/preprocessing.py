@@ -70,8 +70,8 @@ class Preprocessing:
             raise InputError(f"preprocessor: sizes must be positive, got {self.resize} and crop {self.crop}")
         if self.crop is None and not isinstance(self.resize, tuple):
             raise InputError(
-                "preprocessor: images would come out in different sizes, being neither cropped nor resized to "
-                'an exact size. Set do_center_crop and crop_size, or size {"height": ..., "width": ...}.'
+                "preprocessor: images would come out in different sizes, neither cropped nor resized to an "
+                'exact size. Set do_center_crop and crop_size, or size {"height": ..., "width": ...}.'
             )
         if self.resample not in set(Image.Resampling):
             raise InputError(f"preprocessor: resample must be 0 to 5, Pillow's filters, got {self.resample}")
@@ -102,7 +102,7 @@ class Preprocessing:
         if family not in _PROCESSORS:
             known = ", ".join(f"{name}ImageProcessor" for name in sorted(_PROCESSORS))
             raise InputError(
-                f"preprocessor_config.json: image_processor_type {kind!r} is not one of {known}. If the "
+                f"preprocessor_config.json: image_processor_type {kind!r} is none of {known}. If the "
                 "checkpoint resizes, crops and normalises as CLIP does, write CLIPImageProcessor and all fields."
             )
         understood = _FIELDS - {"do_center_crop" if family == "ConvNext" else "crop_pct"} | _IGNORED_FIELDS
@@ -217,9 +217,7 @@ def _convnext_sizes(
 ) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None]:
     """Below 384 pixels: shortest edge to size / crop_pct, then crop; from 384 on, warp to a square."""
     if not isinstance(size, int):
-        raise InputError(
-            "preprocessor_config.json: ConvNextImageProcessor needs an integer size or shortest_edge"
-        )
+        raise InputError("preprocessor_config.json: ConvNextImageProcessor needs an integer size or shortest_edge")
     return (int(size / crop_pct), (size, size)) if size < 384 else ((size, size), None)
 
 

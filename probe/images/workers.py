@@ -22,7 +22,6 @@ import json
 import os
 import select
 import signal
-import stat
 import struct
 import subprocess
 import sys
@@ -36,11 +35,10 @@ import numpy as np
 from PIL import AvifImagePlugin
 
 from probe.images.decoder import MAX_PIXELS, ImageError
+from probe.images.files import MAX_BYTES, read_image_file, too_many_bytes
 from probe.images.preprocessing import Preprocessing, load_image
 
 T = TypeVar("T")
-
-MAX_BYTES = 1 << 30  # of one image file
 
 _REQUEST = struct.Struct("<BI")
 _REPLY = struct.Struct("<B32sqqI")
@@ -132,9 +130,7 @@ class _Pool:
         self._lock = threading.Lock()  # of _workers and _closed
         self._closed = False
 
-    def submit(
-        self, example: T, content: bytes | Path | ImageError
-    ) -> concurrent.futures.Future[LoadedImage[T]]:
+    def submit(self, example: T, content: bytes | Path | ImageError) -> concurrent.futures.Future[LoadedImage[T]]:
         return self._threads.submit(self._load, example, content)
 
     def close(self) -> None:
@@ -149,7 +145,7 @@ class _Pool:
     def _load(self, example: T, content: bytes | Path | ImageError) -> LoadedImage[T]:
         failure = content if isinstance(content, ImageError) else None
         if isinstance(content, bytes) and len(content) > MAX_BYTES:
-            failure = _too_many_bytes(len(content))
+            failure = too_many_bytes(len(content))
         attempts = 2
         while failure is None:
             assert not isinstance(content, ImageError)
@@ -313,7 +309,7 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_REAL, timeout_s + _ALARM_GRACE)
         key, status, facts = bytes(32), _UNREAD, (0, 0)
         try:
-            data, mtime_ns = _read_file(content) if flags & _IS_PATH else (content, 0)
+            data, mtime_ns = read_image_file(content) if flags & _IS_PATH else (content, 0)
             key, status, facts = hashlib.sha256(data).digest(), _FAILED, (len(data), mtime_ns)
             if flags & _ASK:
                 reply(_KEY, key, facts)
@@ -328,27 +324,3 @@ def serve() -> None:
             status, payload = _PIXELS, pixels.data.cast("B")
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply(status, key, facts, payload)
-
-
-def _read_file(path: bytes) -> tuple[bytes, int]:
-    """The bytes of a regular file, and its mtime_ns. Raises: ImageError, also if it changes meanwhile."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening can start a device
-            raise ImageError("not-a-file", "neither a file nor a link to one")
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            before = os.fstat(file.fileno())
-            if before.st_size > MAX_BYTES:
-                raise _too_many_bytes(before.st_size)
-            data = file.read(before.st_size + 1)
-            after = os.fstat(file.fileno())
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise ImageError("missing", str(err.strerror)) from err
-    except (OSError, ValueError) as err:  # ValueError: a NUL in the path
-        raise ImageError("unreadable", str(getattr(err, "strerror", None) or err)) from err
-    if not len(data) == before.st_size == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
-        raise ImageError("changed", "it was written to while it was read: run again when it is whole")
-    return data, after.st_mtime_ns
-
-
-def _too_many_bytes(num_bytes: int) -> ImageError:
-    return ImageError("too-big", f"{num_bytes:,} bytes; {MAX_BYTES:,} are the most that is read")
