@@ -5,6 +5,8 @@ jax is imported inside the verb, so that `--help` answers at once.
 
 import importlib.metadata
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -14,6 +16,7 @@ from tyro.conf import subcommand
 
 from probe.config import EmbedConfig, FinetuneConfig, FitLinearConfig, PredictConfig
 from probe.errors import ProbeError
+from probe.interrupt import run_interruptibly
 
 _Command = (
     Annotated[EmbedConfig, subcommand("embed", prefix_name=False)]
@@ -41,8 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Turn a pretrained vision backbone into a classifier that one can trust.",
             args=arguments,
         )
-        result, text = _run(config)
-        print(json.dumps(result, ensure_ascii=False) if config.json else text)
+        result, text = run_interruptibly(lambda: _run(config))
+        print(json.dumps(result, ensure_ascii=False) if config.json else text, flush=True)
+    except BrokenPipeError:  # whoever read our output has enough: `probe predict … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except ProbeError as err:
         print(f"probe: error: {err}", file=sys.stderr)
         return err.exit_code

@@ -34,15 +34,13 @@ def assert_refused(result: tuple[int, str, str], code: int, *words: str) -> None
 
 
 def test_help_loads_no_jax_and_answers_at_once() -> None:
-    check = (
-        "import sys; from probe.cli import main; main(['--help']); print('jax' in sys.modules, 'numpy' in sys.modules)"
-    )
+    check = "from probe.cli import main; main(['--help']); import sys; print({'jax', 'numpy'} & set(sys.modules))"
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start)
-    assert done.stdout.endswith("False False\n")
+    assert done.stdout.endswith("set()\n")
     assert min(seconds) < 0.5  # the best of five: the others waited for a busy machine
 
 

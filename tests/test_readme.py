@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from probe import errors
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
@@ -36,3 +38,24 @@ def test_ci_runs_the_readmes_test_command() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert 'readme_command "Run the tests"' in script
     assert "pytest" in block_under("Run the tests", "bash")
+
+
+def test_the_guide_shown_is_the_guide_that_runs() -> None:
+    assert (
+        block_under("The steps of Flax's transfer-learning guide", "python")
+        == (ROOT / "tests" / "guide_script.py").read_text()
+    )
+
+
+def test_exit_codes_are_those_of_the_program() -> None:
+    rows = [line.split("|")[1:3] for line in errors.__doc__.splitlines() if line.startswith("| ")]
+    shown = [line.split("|")[1:3] for line in README.splitlines() if re.match(r"\| (code|\d+)", line)]
+    assert [[cell.strip() for cell in row] for row in shown] == [[cell.strip() for cell in row] for row in rows]
+
+
+def test_every_verb_stands_in_the_readme() -> None:
+    for line in subprocess.run(
+        [BIN / "probe", "--help"], capture_output=True, text=True, check=True
+    ).stdout.splitlines():
+        if match := re.search(r"• (\S+)", line):
+            assert f"probe {match[1]} " in README
