@@ -1,7 +1,7 @@
 """One frozen dataclass per verb: validated where it is made, it is the command line, and is saved with runs.
 
-Past this point nothing re-checks a value and nothing has a second default. Importing this module loads neither
-jax nor numpy, so that `probe --help` answers at once.
+Past this point nothing re-checks a value and nothing has a second default. Importing this module loads
+neither jax nor numpy, so that `probe --help` answers at once.
 """
 
 import dataclasses
@@ -37,18 +37,38 @@ def _not_negative(option: str, value: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """Run the backbone once over every image and cache the embeddings."""
+    """Run the backbone once over every image and cache the embeddings; run it again to continue or to update."""
 
     images: Positional[Path]
-    """Folder of images: root/class/* or root/{train,val,test}/class/*."""
+    """Images: folders root/class/* or root/{train,val,test}/class/*, a manifest, tar shards, or a zip file."""
     backbone: str
     """Hub id (openai/clip-vit-base-patch32, or with @revision) or a local folder in Hugging Face layout."""
     out: Path
     """Cache folder to create or to continue."""
     batch_size: int | None = None
     """Images per step, fixed by whoever creates the cache (default: 32, or what the cache says)."""
+    dtype: Literal["float32", "float16"] | None = None
+    """Type that embeddings are stored in, fixed likewise (default: float32, or what the cache says)."""
+    shard_rows: int | None = None
+    """Images per shard, fixed likewise: what a kill can cost (default: 1,024 on a CPU, else 16,384)."""
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable image does: get no row and be reported, or end the run."""
+    max_failures: int | None = None
+    """End the run, with exit code 4, once more images than this have failed (default: no limit)."""
+    retry_failed: Flag = False
+    """Try again what failed in earlier runs; else only changed files are tried again."""
+    verify_content: Flag = False
+    """Read every file again, also where its size and time have not changed."""
+    max_pixels: int = 100_000_000
+    """Width x height above which an image is refused before it is decoded."""
+    limit: int | None = None
+    """Embed only this many images, spread evenly over the source: to try something out."""
+    dry_run: Flag = False
+    """Write nothing; say how many images, bytes and minutes it would be, and how much disk."""
+    shard_index: int = 0
+    """Which of --num-shards processes this one is, from 0."""
+    num_shards: int = 1
+    """Processes, on any hosts that share the cache's file system, that divide the work between them."""
     num_workers: int | None = None
     """Processes that decode images (default: one per core)."""
     json: Flag = False
@@ -57,8 +77,18 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         if self.batch_size is not None:
             _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
+        if self.shard_rows is not None:
+            _require(self.shard_rows >= 1, "shard-rows", "at least 1", self.shard_rows)
+        if self.max_failures is not None:
+            _require(self.max_failures >= 0, "max-failures", "at least 0", self.max_failures)
+        if self.limit is not None:
+            _require(self.limit >= 1, "limit", "at least 1", self.limit)
         if self.num_workers is not None:
             _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
+        _require(self.max_pixels >= 1, "max-pixels", "at least 1", self.max_pixels)
+        _require(self.num_shards >= 1, "num-shards", "at least 1", self.num_shards)
+        in_range = 0 <= self.shard_index < self.num_shards
+        _require(in_range, "shard-index", f"from 0 to {self.num_shards - 1}", self.shard_index)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,12 +154,18 @@ class FinetuneConfig:
     """Passes over the training images."""
     batch_size: int = 16
     """Images per step."""
-    backbone_lr: float = 1e-5
-    """Peak step size of the backbone; 0 freezes it."""
-    head_lr: float = 1e-3
-    """Peak step size of the head."""
+    backbone_lr: float | None = None
+    """Peak step size of the backbone (default: 1e-5); 0 freezes it."""
+    head_lr: float | None = None
+    """Peak step size of the head (default: 1e-3)."""
     freeze: UseAppendAction[tuple[str, ...]] = ()
     """Parameter paths to freeze, by prefix or pattern: backbone, backbone/encoder/layers_0, **/bias."""
+    layer_decay: float | None = None
+    """Step size of each block of the backbone as a share of that of the block above it."""
+    unfreeze_last: int | None = None
+    """Train the last K blocks of the backbone and freeze those below."""
+    rates: UseAppendAction[tuple[str, ...]] = ()
+    """A rule pattern=rate or pattern=frozen, the first match wins; these replace the options above."""
     weight_decay: float = 1e-4
     """Decoupled weight decay, not on biases and norms."""
     warmup_fraction: float = 0.1
@@ -148,8 +184,14 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
         _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
-        _not_negative("backbone-lr", self.backbone_lr)
-        _positive("head-lr", self.head_lr)
+        if self.backbone_lr is not None:
+            _not_negative("backbone-lr", self.backbone_lr)
+        if self.head_lr is not None:
+            _positive("head-lr", self.head_lr)
+        if self.layer_decay is not None:
+            _require(0 < self.layer_decay <= 1, "layer-decay", "above 0 and at most 1", self.layer_decay)
+        if self.unfreeze_last is not None:
+            _require(self.unfreeze_last >= 1, "unfreeze-last", "at least 1", self.unfreeze_last)
         _not_negative("weight-decay", self.weight_decay)
         _require(0 <= self.warmup_fraction < 1, "warmup-fraction", "at least 0 and below 1", self.warmup_fraction)
         _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)

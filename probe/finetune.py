@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.table import Column, Table
 
 from probe import bundle, optim, train
 from probe.backbones import Backbone, load_backbone, normalize_pixels
@@ -23,12 +25,12 @@ from probe.images import Preprocessing
 from probe.metrics import summarize
 from probe.pixels import ImageRows
 from probe.progress import Progress
+from probe.rates import RateOptions, make_rules
 from probe.sources import check_labels, open_source
 from probe.splits import resolve_splits
 from probe.storage import require_free
 
 _VIEW = "pooler"
-_PROJECTION = "backbone/visual_projection"  # stands after the pooler, so the head never sees it
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -45,17 +47,14 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     start = _starting_head(config, source.class_names, backbone)
     classifier = Classifier(len(source.class_names), backbone.module, start.hidden)
     params, batch_stats = _classifier_variables(backbone, start)
-    rules = _rules(config, params)
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(RateOptions)}
+    rules = make_rules(RateOptions(**options), params)
     labels, parts = optim.partition(params, rules), optim.parts(params, rules)
     trainable, frozen = optim.split(params, labels)
     if not trainable:
-        raise ConfigError(
-            "everything is frozen, so there is nothing to train: take something out of --freeze"
-        )
+        raise ConfigError("everything is frozen, so there is nothing to train: take something out of --freeze")
 
-    images = ImageRows.decode(
-        source, backbone.preprocessing, num_workers=config.num_workers, on_error=config.on_error
-    )
+    images = ImageRows.decode(source, backbone.preprocessing, num_workers=config.num_workers, on_error=config.on_error)
     rows = resolve_splits(
         images.labels,
         images.splits,
@@ -72,9 +71,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         weight_decay=config.weight_decay,
     )
     apply_fn = make_apply_fn(classifier, backbone.preprocessing)
-    for part in parts:
-        rate = part.label if part.label == optim.FROZEN else f"rate {part.label:g}"
-        print(f"{part.pattern}: {part.num_parameters:,} parameters, {rate}", file=sys.stderr)
+    _print_parts(parts)
 
     with Progress("training", total=config.epochs * len(rows.train), unit="images") as progress:
 
@@ -203,15 +200,12 @@ def _classifier_variables(backbone: Backbone, head: TrainedHead) -> tuple[dict[s
     return params, {"batch_stats": {"backbone": backbone.variables["batch_stats"]}}
 
 
-def _rules(config: FinetuneConfig, params: dict[str, Any]) -> dict[str, float | str]:
-    """The options as one ordered list of rules."""
-    rules: dict[str, float | str] = {}
-    if "visual_projection" in params["backbone"]:
-        rules[_PROJECTION] = optim.FROZEN  # it gets no gradient, and decay alone would melt it
-    rules |= dict.fromkeys(config.freeze, optim.FROZEN)
-    rules.setdefault("backbone", config.backbone_lr or optim.FROZEN)
-    rules.setdefault("head", config.head_lr)
-    return rules
+def _print_parts(parts: list[optim.Part]) -> None:
+    table = Table("part", Column("parameters", justify="right"), Column("peak rate", justify="right"))
+    for part in parts:
+        rate = part.label if part.label == optim.FROZEN else f"{part.label:.3g}"
+        table.add_row(part.pattern, f"{part.num_parameters:,}", rate)
+    Console(stderr=True).print(table)
 
 
 def _print_epoch(line: train.Epoch) -> None:
@@ -264,9 +258,7 @@ def _save(
 
 def _history_csv(history: list[train.Epoch]) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, [field.name for field in dataclasses.fields(train.Epoch)], lineterminator="\n"
-    )
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(train.Epoch)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(dataclasses.asdict(line) for line in history)
     return text.getvalue().encode()

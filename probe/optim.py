@@ -52,9 +52,7 @@ def parts(params: Params, rules: Mapping[str, Hashable]) -> list[Part]:
     Raises: ConfigError as `partition` does.
     """
     leaves, patterns = traverse_util.flatten_dict(params, sep="/"), _assign(params, rules)
-    sizes = {
-        pattern: sum(leaves[path].size for path in leaves if patterns[path] == pattern) for pattern in rules
-    }
+    sizes = {pattern: sum(leaves[path].size for path in leaves if patterns[path] == pattern) for pattern in rules}
     return [Part(pattern, rules[pattern], size) for pattern, size in sizes.items() if size]
 
 
@@ -70,7 +68,11 @@ def _assign(params: Params, rules: Mapping[str, Hashable]) -> dict[str, str]:
             "rules and parameters do not fit together.\n"
             f"  parameters without a rule: {', '.join(uncovered) or 'none'}\n"
             f"  rules without a parameter: {', '.join(idle) or 'none'}"
-            + (f"\n  the parameters are: {', '.join(sorted(paths))}" if idle else "")
+            + (
+                f"\n  the parameters are: {', '.join(sorted({re.sub(r'_[0-9]+', '_*', p) for p in paths}))}"
+                if idle
+                else ""
+            )
         )
     return assigned
 

@@ -145,7 +145,7 @@ def test_decay_shrinks_kernels_and_nothing_else_when_gradients_are_zero(params):
 def test_the_rate_rises_then_falls_and_is_never_zero(num_steps, share):
     warmup_steps = int(share * num_steps)
     schedule = optim.warmup_cosine(2.0, num_steps=num_steps, warmup_steps=warmup_steps)
-    rates = np.asarray(schedule(np.arange(num_steps)))
+    rates = np.asarray(schedule(np.arange(200)))[:num_steps]  # one shape, one compilation
     assert np.all(rates > 0)
     assert np.all(np.diff(rates[: warmup_steps + 1]) > 0)
     assert np.all(np.diff(rates[warmup_steps:]) < 0)
