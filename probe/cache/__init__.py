@@ -12,6 +12,7 @@ memory and appears under its name whole (`probe.storage`); nothing is ever chang
 
 from probe.cache.arrays import write_cache as write_cache
 from probe.cache.manifest import Manifest as Manifest
+from probe.cache.manifest import check_same as check_same
 from probe.cache.manifest import load_manifest as load_manifest
 from probe.cache.manifest import make_manifest as make_manifest
 from probe.cache.plan import FAILED as FAILED
@@ -25,4 +26,5 @@ from probe.cache.shards import KNOWN as KNOWN
 from probe.cache.shards import Facts as Facts
 from probe.cache.shards import ShardContents as ShardContents
 from probe.cache.writer import CacheWriter as CacheWriter
+from probe.cache.writer import draft_plan as draft_plan
 from probe.cache.writer import known_keys as known_keys

@@ -58,9 +58,7 @@ def write_cache(
     }:
         raise InputError(f"{num} embeddings, but {uneven}: every column needs one item per embedding")
     if len(set(listed)) != num:
-        raise InputError(
-            f"{num - len(set(listed))} names are not distinct: every embedding needs a name of its own"
-        )
+        raise InputError(f"{num - len(set(listed))} names are not distinct: every embedding needs a name of its own")
     stored_dtype = sorted({array.dtype.name for array in views.values()})
     if len(stored_dtype) != 1:
         raise InputError(f"views of different element types ({', '.join(stored_dtype)}): convert them to one")
@@ -108,9 +106,7 @@ def _as_stored(view: str, array: np.ndarray) -> np.ndarray:
         raise InputError(f"embeddings of view {view!r} have shape {array.shape}, and [rows, width] is meant")
     if not all_finite(stored):
         rows = np.flatnonzero(~np.isfinite(stored).all(axis=1))
-        raise InputError(
-            f"embeddings of view {view!r} are not finite in {len(rows)} rows, the first is row {rows[0]}"
-        )
+        raise InputError(f"embeddings of view {view!r} are not finite in {len(rows)} rows, the first is row {rows[0]}")
     return np.ascontiguousarray(stored)
 
 
@@ -133,7 +129,6 @@ def _classes(labels: Any, class_names: Sequence[str], num: int) -> Sequence[Sequ
 def _row_keys(views: dict[str, np.ndarray]) -> np.ndarray:
     """SHA-256 of each row's embeddings, all views together."""
     digests = (
-        hashlib.sha256(b"".join(row.tobytes() for row in rows)).digest()
-        for rows in zip(*views.values(), strict=True)
+        hashlib.sha256(b"".join(row.tobytes() for row in rows)).digest() for rows in zip(*views.values(), strict=True)
     )
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)

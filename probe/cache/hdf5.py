@@ -15,9 +15,7 @@ import numpy as np
 
 from probe.errors import CorruptError
 
-_CHUNK_BYTES = (
-    512 << 10
-)  # large enough to stream at memory speed, small enough that one row is cheap to reach
+_CHUNK_BYTES = 512 << 10  # large enough to stream at memory speed, small enough that one row is cheap to reach
 _MAX_CHUNK_BYTES = 64 << 20
 _MAX_BYTES = 64 << 30  # of one dataset, as it would stand in memory
 _MAX_RATIO = 200  # bytes in memory per byte stored: real features compress by 1.2, a bomb by 1000

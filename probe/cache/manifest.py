@@ -52,9 +52,7 @@ def load_manifest(root: Path) -> Manifest:
     path = root / FILE_NAME
     if not path.is_file():
         what = "is not a folder" if root.exists() and not root.is_dir() else f"has no {FILE_NAME}"
-        raise InputError(
-            f"{root} is not a cache: it {what}. Make one with `probe embed IMAGES --out {root}`."
-        )
+        raise InputError(f"{root} is not a cache: it {what}. Make one with `probe embed IMAGES --out {root}`.")
     record = open_record(read_file(path), path)
     if record["format_version"] != FORMAT_VERSION:
         raise MismatchError(

@@ -167,9 +167,7 @@ def make_inputs(
         groups=tuple(str(name) for name in list(group_of)[2:]),
         multi_label=multi_label,
     )
-    lengths = {
-        len(column) for column in (inputs.names, inputs.size, inputs.mtime_ns, inputs.split, inputs.group)
-    }
+    lengths = {len(column) for column in (inputs.names, inputs.size, inputs.mtime_ns, inputs.split, inputs.group)}
     assert lengths == {len(offsets) - 1}, "columns of unequal length"
     return inputs
 
@@ -282,9 +280,7 @@ def load_plan(path: Path) -> Plan:
         try:
             header = json.loads(file.read("header", dtypes="uint8").tobytes())
             inputs = Inputs(
-                names=Names(
-                    file.read("name/offsets", dtypes="int64"), file.read("name/blob", dtypes="uint8")
-                ),
+                names=Names(file.read("name/offsets", dtypes="int64"), file.read("name/blob", dtypes="uint8")),
                 size=file.read("size", dtypes="int64"),
                 mtime_ns=file.read("mtime_ns", dtypes="int64"),
                 label_codes=file.read("label/codes", dtypes="int32"),
@@ -308,9 +304,7 @@ def load_plan(path: Path) -> Plan:
                 known_shard=file.read("known/shard", dtypes="int32"),
                 known_row=file.read("known/row", dtypes="int32"),
                 shards=tuple(ShardInfo(*fields) for fields in header["shards"]),
-                failures=tuple(
-                    (int(row), str(reason), str(detail)) for row, reason, detail in header["failures"]
-                ),
+                failures=tuple((int(row), str(reason), str(detail)) for row, reason, detail in header["failures"]),
                 absorbed=tuple(header["absorbed"]),
                 id=match[1],
             )

@@ -84,9 +84,7 @@ class Cache:
                     f"{root}: embedding has not finished ({len(sealed)} of {num_shards} shards). Run "
                     "the same `probe embed` again to continue it, or pass --partial to use the rows that are there."
                 )
-            plan = resolve(
-                plan, manifest, {number: load_sidecar(root, path) for number, path in sealed.items()}
-            )
+            plan = resolve(plan, manifest, {number: load_sidecar(root, path) for number, path in sealed.items()})
         for info in plan.shards:
             try:
                 size = (root / "shards" / info.name).stat().st_size
@@ -135,9 +133,7 @@ class Cache:
     @property
     def failures(self) -> list[Failure]:
         """The inputs that have no embedding, and why."""
-        return [
-            Failure(self.plan.inputs.names[row], reason, detail) for row, reason, detail in self.plan.failures
-        ]
+        return [Failure(self.plan.inputs.names[row], reason, detail) for row, reason, detail in self.plan.failures]
 
     @property
     def num_pending(self) -> int:

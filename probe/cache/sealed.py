@@ -22,9 +22,7 @@ def canonical_json(value: Any) -> bytes:
 def seal_record(record: dict[str, Any], *, indent: int | None = None) -> bytes:
     """The record as the bytes of a JSON file whose first line holds their checksum."""
     separators = (",", ":") if indent is None else (",", ": ")
-    body = json.dumps(record, sort_keys=True, indent=indent, separators=separators, allow_nan=False)[
-        1:
-    ].lstrip()
+    body = json.dumps(record, sort_keys=True, indent=indent, separators=separators, allow_nan=False)[1:].lstrip()
     data = body.encode("ascii") + b"\n"
     return _HEAD + hashlib.sha256(data).hexdigest().encode() + _TAIL + data
 

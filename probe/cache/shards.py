@@ -82,7 +82,7 @@ def seal_shard(
     Raises: StorageError if the disk is full or failing; what was written so far does not count and is no
       obstacle.
     """
-    folder = root / "shards" / f"{number // _FOLDER_SHARDS:04d}"
+    folder = root / "shards" / _folder(number)
     make_folder(folder)
     stem = f"{plan_id}-{number:05d}"
     shard: dict[str, Any] | None = None
@@ -121,13 +121,14 @@ def list_sidecars(root: Path) -> dict[str, Path]:
     return {f"{path.parent.name}/{path.name}": path for path in paths if _SIDECAR.fullmatch(path.name)}
 
 
-def sealed_numbers(root: Path, plan_id: str) -> dict[int, Path]:
-    """Which shards of a plan are sealed:
+def sealed_numbers(root: Path, plan_id: str, number: int | None = None) -> dict[int, Path]:
+    """Which shards of a plan are sealed: number → sidecar. Of twins, made on unlike devices, the first name.
 
-    number → sidecar. Of twins, made on devices that differ, the first name.
+    Args: number: look for this shard alone.
     """
+    pattern = f"*/{plan_id}-*.json" if number is None else f"{_folder(number)}/{plan_id}-{number:05d}-*.json"
     sealed: dict[int, Path] = {}
-    for path in sorted((root / "shards").glob(f"*/{plan_id}-*.json")):
+    for path in sorted((root / "shards").glob(pattern)):
         match = _SIDECAR.fullmatch(path.name)
         if match is None or (match[3] != _NO_SHARD and not path.with_suffix(".h5").is_file()):
             continue
@@ -144,9 +145,7 @@ def load_sidecar(root: Path, path: Path) -> Sidecar:
         sidecar = Sidecar(
             name=name,
             fingerprint=record["fingerprint"],
-            shard=ShardInfo(
-                name.removesuffix(".json") + ".h5", shard["sha256"], shard["bytes"], shard["rows"]
-            )
+            shard=ShardInfo(name.removesuffix(".json") + ".h5", shard["sha256"], shard["bytes"], shard["rows"])
             if shard
             else None,
             facts=Facts(
@@ -225,6 +224,10 @@ def name_to_text(name: bytes) -> str:
 def text_to_name(text: str) -> bytes:
     """The inverse of `name_to_text`."""
     return text.encode("utf-8", "surrogateescape")
+
+
+def _folder(number: int) -> str:
+    return f"{number // _FOLDER_SHARDS:04d}"
 
 
 def _write_failures(root: Path, stem: str, failures: Sequence[Failure]) -> dict[str, str]:

@@ -51,27 +51,16 @@ class CacheWriter:
             sweep_partials(folder)
 
     def plan(self, inputs: Inputs, *, rehash: bool = False, retry_failed: bool = False) -> Plan:
-        """The plan to work on for `inputs`: an old one if it still fits, else a new revision.
+        """The plan to work on for `inputs`, stored: an old one if it still fits, else a new revision.
 
         Args:
           inputs: what the source says now.
           rehash: read every file again, also where name, size and time are unchanged.
           retry_failed: try again what failed before.
-        Returns: a stored plan; its `work` is empty if nothing is to be embedded.
+        Returns: a plan whose `work` is empty if nothing is to be embedded.
         """
-        files = list_plans(self.root / "plan")
-        newest = files[-1] if files else None
-        digest = inputs.digest()
-        for file in reversed(files):
-            if newest is None or (file.revision, file.complete) != (newest.revision, newest.complete):
-                break
-            plan = load_plan(file.path)
-            fits = plan.inputs_digest == digest and not (retry_failed and (plan.shard == FAILED).any())
-            if fits and rehash == (plan.rehash and not plan.complete) and not self._lost(plan.shards):
-                return plan
-        facts = self._facts(next((load_plan(file.path) for file in reversed(files) if file.complete), None))
-        revision = newest.revision + 1 if newest else 0
-        return self._store(_make_plan(inputs, digest, facts, revision, rehash, retry_failed))
+        plan = draft_plan(self.root, inputs, rehash=rehash, retry_failed=retry_failed)
+        return plan if plan.id else self._store(plan)
 
     def shard_rows(self, plan: Plan, number: int) -> np.ndarray:
         """Rows of the plan that shard `number` of its work is made from, in order."""
@@ -85,6 +74,10 @@ class CacheWriter:
     def sealed(self, plan: Plan) -> dict[int, Path]:
         """Which of them are sealed already: number → sidecar."""
         return sealed_numbers(self.root, plan.id)
+
+    def find_sealed(self, plan: Plan, number: int) -> Path | None:
+        """The sidecar of one shard, if it is sealed by now."""
+        return sealed_numbers(self.root, plan.id, number).get(number)
 
     def load_sidecar(self, path: Path) -> Sidecar:
         """Raises:
@@ -101,9 +94,7 @@ class CacheWriter:
 
     def seal(self, plan: Plan, number: int, contents: ShardContents, made_by: dict[str, Any]) -> None:
         """Writes shard `number` of the plan's work. Raises: StorageError."""
-        seal_shard(
-            self.root, plan.id, number, contents, fingerprint=self.manifest.fingerprint, made_by=made_by
-        )
+        seal_shard(self.root, plan.id, number, contents, fingerprint=self.manifest.fingerprint, made_by=made_by)
 
     def complete(self, plan: Plan) -> Plan | None:
         """The revision in which every input of `plan` is done, stored; None while shards are missing.
@@ -113,9 +104,7 @@ class CacheWriter:
         sealed = self.sealed(plan)
         if len(sealed) < self.num_shards(plan):
             return None
-        done = resolve(
-            plan, self.manifest, {number: self.load_sidecar(path) for number, path in sealed.items()}
-        )
+        done = resolve(plan, self.manifest, {number: self.load_sidecar(path) for number, path in sealed.items()})
         if len(done.work):
             raise CorruptError(
                 f"{self.root}: {len(done.work)} inputs are said to be known, but no shard has them. "
@@ -129,22 +118,29 @@ class CacheWriter:
         atomic_write_bytes(self.root / "plan" / name, image)
         return dataclasses.replace(plan, id=name.removesuffix(".h5").removesuffix("-open"))
 
-    def _lost(self, shards: tuple[ShardInfo, ...]) -> set[int]:
-        """Indices of shards that are not on the disk in the length they were sealed with."""
-        return {index for index, shard in enumerate(shards) if not _is_there(self.root, shard)}
 
-    def _facts(self, plan: Plan | None) -> "_Facts":
-        """Everything known so far: what the newest complete plan says, and sidecars written since."""
-        facts = _Facts()
-        if plan is not None:
-            facts.add_plan(plan, self._lost(plan.shards))
-        absorbed = set(plan.absorbed) if plan is not None else set()
-        for name, path in list_sidecars(self.root).items():
-            if name not in absorbed:
-                sidecar = self.load_sidecar(path)
-                if sidecar.shard is None or _is_there(self.root, sidecar.shard):
-                    facts.add_sidecar(sidecar)
-        return facts
+def draft_plan(root: Path, inputs: Inputs, *, rehash: bool = False, retry_failed: bool = False) -> Plan:
+    """The plan for `inputs`, as `CacheWriter.plan` would store it; one without an `id` is not stored yet."""
+    files = list_plans(root / "plan")
+    newest = files[-1] if files else None
+    digest = inputs.digest()
+    for file in reversed(files):
+        if newest is None or (file.revision, file.complete) != (newest.revision, newest.complete):
+            break
+        plan = load_plan(file.path)
+        fits = plan.inputs_digest == digest and not (retry_failed and (plan.shard == FAILED).any())
+        if fits and rehash == (plan.rehash and not plan.complete) and not _lost(root, plan):
+            return plan
+    complete = next((load_plan(file.path) for file in reversed(files) if file.complete), None)
+    facts = _Facts()
+    if complete is not None:
+        facts.add_plan(complete, _lost(root, complete))
+    for name, path in list_sidecars(root).items():
+        if complete is None or name not in complete.absorbed:
+            sidecar = load_sidecar(root, path)
+            if sidecar.shard is None or _is_there(root, sidecar.shard):
+                facts.add_sidecar(sidecar)
+    return _make_plan(inputs, digest, facts, newest.revision + 1 if newest else 0, rehash, retry_failed)
 
 
 def resolve(plan: Plan, manifest: Manifest, sidecars: dict[int, Sidecar]) -> Plan:
@@ -161,9 +157,7 @@ def resolve(plan: Plan, manifest: Manifest, sidecars: dict[int, Sidecar]) -> Pla
         rows = work[number * manifest.shard_rows : (number + 1) * manifest.shard_rows]
         facts = sidecar.facts
         if list(facts.names) != [plan.inputs.names[i] for i in rows]:
-            raise CorruptError(
-                f"{sidecar.name}: does not belong to plan {plan.id}. Remove it and embed again."
-            )
+            raise CorruptError(f"{sidecar.name}: does not belong to plan {plan.id}. Remove it and embed again.")
         key[rows] = facts.keys
         if sidecar.shard is not None:
             shards.append(sidecar.shard)
@@ -205,6 +199,11 @@ def known_keys(plan: Plan) -> KeyIndex:
     return KeyIndex(np.concatenate([plan.key[plan.shard >= 0], plan.known_key]))
 
 
+def _lost(root: Path, plan: Plan) -> set[int]:
+    """Indices of the plan's shards that are not on the disk in the length they were sealed with."""
+    return {index for index, shard in enumerate(plan.shards) if not _is_there(root, shard)}
+
+
 def _is_there(root: Path, shard: ShardInfo) -> bool:
     try:
         return (root / "shards" / shard.name).stat().st_size == shard.num_bytes
@@ -219,9 +218,7 @@ class _Facts:
         self.shards: list[ShardInfo] = []
         self.absorbed: set[str] = set()
         self._names: list[bytes] = []
-        self._columns: list[
-            tuple[np.ndarray, ...]
-        ] = []  # size, mtime_ns, key, shard (or FAILED or KNOWN), row
+        self._columns: list[tuple[np.ndarray, ...]] = []  # size, mtime_ns, key, shard (or FAILED or KNOWN), row
         self._known: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # key, shard, row; without names
         self._reasons: dict[int, tuple[str, str]] = {}
 
@@ -238,9 +235,7 @@ class _Facts:
         shard = np.where(plan.shard >= 0, renumbered[plan.shard], plan.shard)
         self._columns.append((plan.inputs.size, plan.inputs.mtime_ns, plan.key, shard, plan.row))
         still = renumbered[plan.known_shard] >= 0
-        self._known.append(
-            (plan.known_key[still], renumbered[plan.known_shard[still]], plan.known_row[still])
-        )
+        self._known.append((plan.known_key[still], renumbered[plan.known_shard[still]], plan.known_row[still]))
 
     def add_sidecar(self, sidecar: Sidecar) -> None:
         """The facts of one shard that no complete plan holds yet."""
@@ -300,9 +295,7 @@ class _Settled:
     reasons: dict[int, tuple[str, str]]
 
 
-def _make_plan(
-    inputs: Inputs, digest: str, facts: _Facts, revision: int, rehash: bool, retry_failed: bool
-) -> Plan:
+def _make_plan(inputs: Inputs, digest: str, facts: _Facts, revision: int, rehash: bool, retry_failed: bool) -> Plan:
     """A new revision: inputs with known (name, size, mtime) take over what is known, the rest is work."""
     num = len(inputs)
     key = np.zeros((num, 32), np.uint8)

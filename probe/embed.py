@@ -1,0 +1,396 @@
+"""`probe embed`: runs the backbone once over every image and caches the embeddings.
+
+A plan lists the images; what no earlier run knows is cut into slices, each of which becomes one sealed shard.
+Images are decoded in worker processes while the device computes and a thread writes: nobody waits for the
+disk. A run that was killed continues with the first slice that is not sealed, and makes the bytes that it
+would have made.
+"""
+
+import dataclasses
+import importlib.metadata
+import itertools
+import math
+import os
+import platform
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from probe import interrupt
+from probe.backbones import Backbone, load_backbone, make_embed_fn
+from probe.cache import (
+    CacheWriter,
+    Failure,
+    Inputs,
+    Manifest,
+    Plan,
+    check_same,
+    draft_plan,
+    known_keys,
+    load_manifest,
+    make_inputs,
+    make_manifest,
+)
+from probe.config import EmbedConfig
+from probe.embedding import Item, RunBatch, embed_shard
+from probe.errors import FailedImagesError, InputError, OutOfMemoryError, StorageError
+from probe.images import ImageError, LoadedImage, load_images
+from probe.progress import Progress
+from probe.sources import Example, Source, check_labels, display_name, open_source
+
+_BATCH_SIZE = 32
+_SHARD_ROWS_CPU, _SHARD_ROWS = 1024, 16384  # about a minute of a CPU's work, 50 MB of 768 float32
+_FAILURES_SHOWN = 20
+_SAMPLE_BATCHES = 4  # that a dry run computes to measure the rate
+_FACT_BYTES = 250  # per image, in plan and sidecar, besides its name
+_PROGRAM = 1  # raise it when the towers or the decoder give other numbers for the same weights and images
+
+
+def embed(config: EmbedConfig) -> dict[str, Any]:
+    """Embeds every image of `config.images` that the cache in `config.out` does not know yet.
+
+    Returns: what there is now and what was done: num_images, num_embedded, num_failed, num_computed,
+      complete, …
+    Raises: InputError where there is nothing to embed, nothing can be read, or, with on_error="fail", at the
+      first unreadable image; FailedImagesError above max_failures; MismatchError if the cache was made in
+      another way; StorageError, CorruptError, OutOfMemoryError, Interrupted.
+    """
+    started = time.monotonic()
+    source = open_source(config.images)
+    if all(example.labels for example in source.examples):
+        check_labels(source)
+    _check_writable(config.out)
+    examples = _spread(source.examples, config.limit)
+    backbone = load_backbone(config.backbone)
+    manifest = _settle(config, backbone)
+    inputs = _inputs(source, examples)
+    if config.dry_run:
+        return _estimate(config, manifest, backbone, source, examples, inputs)
+    writer = CacheWriter(config.out, manifest)
+    plan = writer.plan(inputs, rehash=config.verify_content, retry_failed=config.retry_failed)
+    work = _Work(config, writer, plan, backbone, source, examples)
+    try:
+        work.run()
+    except interrupt.Interrupted as stop:
+        hint = f"{len(writer.sealed(plan))} of {writer.num_shards(plan)} shards are sealed; run it again to go on"
+        raise interrupt.Interrupted(stop.signum, hint) from None
+    done = plan if plan.complete else writer.complete(plan)
+    summary = _summarize(config, writer, done or plan, work.num_computed, time.monotonic() - started)
+    if summary["complete"] and summary["num_embedded"] == 0:
+        raise InputError(
+            f"{config.images}: none of {summary['num_images']:,} images could be read, as "
+            + _list_failures(summary["failures"][:3])
+        )
+    return summary
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary as text for people."""
+    if summary.get("dry_run"):
+        return _describe_estimate(summary)
+    num_failed = summary["num_failed"]
+    lines = []
+    if summary["class_names"]:
+        names = [display_name(name) for name in summary["class_names"]]
+        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        lines.append(f"classes ({len(names)}): {shown}")
+    if summary["failures"]:
+        lines.append("failed: " + _list_failures(summary["failures"][:_FAILURES_SHOWN]))
+        if num_failed > _FAILURES_SHOWN:
+            lines.append(f"  and {num_failed - _FAILURES_SHOWN:,} more, see {Path(summary['cache'], 'failed')}")
+    if not summary["complete"]:
+        lines.append(
+            f"{summary['num_pending']:,} images are left to other processes; the one that ends last completes the cache"
+        )
+    rate = f", {summary['images_per_second']:.1f} images/s" if summary["num_computed"] else ""
+    lines.append(
+        f"{summary['cache']}: {summary['num_embedded']:,} of {summary['num_images']:,} images have embeddings "
+        f"({summary['num_computed']:,} computed now in {summary['seconds']:.1f} s{rate}), {num_failed:,} failed"
+    )
+    return "\n".join(lines)
+
+
+class _Work:
+    """The work of one process: its share of a plan's shards, in order."""
+
+    def __init__(
+        self,
+        config: EmbedConfig,
+        writer: CacheWriter,
+        plan: Plan,
+        backbone: Backbone,
+        source: Source,
+        examples: list[Example],
+    ) -> None:
+        self._config, self._writer, self._plan = config, writer, plan
+        self._backbone, self._source, self._examples = backbone, source, examples
+        self._numbers = range(config.shard_index, writer.num_shards(plan), config.num_shards)
+        self._older = known_keys(plan)
+        self._mine: set[bytes] = set()  # keys in this process's own earlier shards of this plan
+        self._num_failed = 0
+        self.num_computed = 0
+
+    def run(self) -> None:
+        """Makes every shard of this share that is not sealed yet."""
+        for row, reason, detail in self._plan.failures:
+            self._count(Failure(self._plan.inputs.names[row], reason, detail))
+        sealed = self._writer.sealed(self._plan)
+        todo = [number for number in self._numbers if number not in sealed]
+        total = sum(len(self._writer.shard_rows(self._plan, number)) for number in todo)
+        if not total:
+            for number in self._numbers:
+                self._learn(number)
+            return
+        run_batch = _make_run_batch(self._backbone, self._writer.manifest)
+        made_by = _made_by()
+        with Progress("embedding", total=total, unit="images") as progress, ThreadPoolExecutor(1) as disk:
+            sealing: Future[None] | None = None
+            images = load_images(
+                self._items(),
+                self._backbone.preprocessing,
+                num_workers=self._config.num_workers,
+                max_pixels=self._config.max_pixels,
+                skip_keys=self._is_known,
+            )
+            next_number = iter(self._numbers)
+            with closing(cast(Generator[LoadedImage[Item]], images)):  # ends its workers, whatever happens
+                for number, slice_of_images in itertools.groupby(images, _number):
+                    for earlier in next_number:
+                        if earlier == number:
+                            break
+                        self._learn(earlier)
+                    contents = embed_shard(
+                        slice_of_images,
+                        run_batch,
+                        batch_size=self._writer.manifest.identity["batch_size"],
+                        dtype=self._writer.manifest.identity["stored_dtype"],
+                        is_known=self._is_known,
+                        on_image=lambda: progress.advance(1),
+                        on_failure=self._count,
+                    )
+                    self._mine.update(key.tobytes() for key in contents.keys)
+                    self.num_computed += len(contents.keys)
+                    if sealing is not None:
+                        sealing.result()  # a full disk is heard of here, at most one shard late
+                    sealing = disk.submit(self._writer.seal, self._plan, number, contents, made_by)
+            for later in next_number:
+                self._learn(later)
+            if sealing is not None:
+                sealing.result()
+
+    def _items(self) -> Iterator[tuple[Item, bytes | Path | ImageError]]:
+        for number in self._numbers:
+            if self._writer.find_sealed(self._plan, number) is None:  # it may be, by now, by another process
+                examples = [self._examples[row] for row in self._writer.shard_rows(self._plan, number)]
+                for example, content in self._source.iter_bytes(examples):
+                    yield Item(number, example), content
+
+    def _learn(self, number: int) -> None:
+        """Takes note of what a shard of this share holds that an earlier run, or another process, sealed."""
+        path = self._writer.find_sealed(self._plan, number)
+        assert path is not None, "passed over only because it was sealed"
+        sidecar = self._writer.load_sidecar(path)
+        self._mine.update(key.tobytes() for key in sidecar.facts.keys[sidecar.facts.rows >= 0])
+        for failure in sidecar.failures:
+            self._count(failure)
+
+    def _is_known(self, key: bytes) -> bool:
+        return key in self._mine or key in self._older
+
+    def _count(self, failure: Failure) -> None:
+        """Raises: InputError or FailedImagesError if this is one failure too many."""
+        self._num_failed += 1
+        name = display_name(failure.name)
+        if self._config.on_error == "fail":
+            raise InputError(f"{name}: {failure.reason}: {failure.detail}. Mend it, or pass --on-error skip.")
+        if self._config.max_failures is not None and self._num_failed > self._config.max_failures:
+            raise FailedImagesError(
+                f"{self._num_failed} images have failed, and --max-failures is {self._config.max_failures}; the last "
+                f"is {name} ({failure.reason}: {failure.detail}). What was sealed so far is kept."
+            )
+
+
+def _number(image: LoadedImage[Item]) -> int:
+    return image.example.number
+
+
+def _make_run_batch(backbone: Backbone, manifest: Manifest) -> RunBatch:
+    """The compiled program on the backbone's weights, which are on the device once."""
+    embed_fn = make_embed_fn(backbone, backbone.views)
+    variables = jax.device_put(backbone.variables)
+
+    def run_batch(images: np.ndarray) -> dict[str, jax.Array]:
+        try:
+            return embed_fn(variables, images)
+        except jax.errors.JaxRuntimeError as err:
+            if "RESOURCE_EXHAUSTED" not in str(err):
+                raise
+            raise OutOfMemoryError(
+                f"{jax.devices()[0].device_kind}: a batch of {len(images)} images does not fit into its memory. The "
+                "batch size belongs to the cache, since it changes bits: choose a smaller --batch-size and another "
+                "--out, or a device with more memory."
+            ) from err
+
+    return run_batch
+
+
+def _settle(config: EmbedConfig, backbone: Backbone) -> Manifest:
+    """How embeddings are made: what the cache says, if there is one, where the user leaves it open.
+
+    Raises: MismatchError listing every field in which an existing cache differs.
+    """
+    found = load_manifest(config.out) if (config.out / "cache.json").exists() else None
+    fixed = found.identity if found else {}
+    device = jax.devices()[0]
+    batch_size = config.batch_size or fixed.get("batch_size", _BATCH_SIZE)
+    default_rows = _SHARD_ROWS_CPU if device.platform == "cpu" else _SHARD_ROWS
+    shard_rows = config.shard_rows or (found.shard_rows if found else default_rows)
+    if found is None or config.shard_rows is not None:
+        shard_rows = math.ceil(shard_rows / batch_size) * batch_size  # only the last batch of all is padded
+    wanted = make_manifest(
+        {
+            "backbone_config": {"tower": type(backbone.config).__name__, **dataclasses.asdict(backbone.config)},
+            "backbone_fingerprint": backbone.fingerprint,
+            "pooling": "pooler_output",
+            "preprocessing": backbone.preprocessing.rules(),
+            "views": {view: backbone.view_width(view) for view in backbone.views},
+            "compute_dtype": "float32",
+            "stored_dtype": config.dtype or fixed.get("stored_dtype", "float32"),
+            "matmul_precision": "highest",
+            "batch_size": batch_size,
+            "device_kind": device.device_kind,
+            "num_devices": 1,
+            "program": _PROGRAM,
+        },
+        {
+            "backbone": backbone.name,
+            "backbone_revision": backbone.revision,
+            "preprocessor_config": backbone.preprocessing.to_config(),
+        },
+        shard_rows,
+    )
+    if found is not None:
+        check_same(found, wanted, config.out)
+    return wanted
+
+
+def _inputs(source: Source, examples: list[Example]) -> Inputs:
+    return make_inputs(
+        (example.name for example in examples),
+        labels=(example.labels for example in examples),
+        splits=(example.split for example in examples),
+        groups=(example.group for example in examples),
+        sizes=(example.size for example in examples),
+        mtimes_ns=(example.mtime_ns for example in examples),
+        class_names=source.class_names,
+        multi_label=source.multi_label,
+    )
+
+
+def _spread(examples: list[Example], limit: int | None) -> list[Example]:
+    """At most `limit` examples, evenly over all, so that every class has its share."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return [examples[index * len(examples) // limit] for index in range(limit)]
+
+
+def _made_by() -> dict[str, str]:
+    return {
+        **{package: importlib.metadata.version(package) for package in ("probe-jax", "jax", "jaxlib", "pillow")},
+        "device": jax.devices()[0].device_kind,
+        "host": platform.node(),
+    }
+
+
+def _check_writable(out: Path) -> None:
+    """Raises: StorageError before anything is loaded if nothing could be written later."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise StorageError(f"{there} is a file, and --out needs a folder there")
+    if not os.access(there, os.W_OK):
+        raise StorageError(f"{there} is not writable: choose another --out, or change its permissions")
+
+
+def _summarize(
+    config: EmbedConfig, writer: CacheWriter, plan: Plan, num_computed: int, seconds: float
+) -> dict[str, Any]:
+    names = plan.inputs.names
+    return {
+        "cache": str(config.out),
+        "fingerprint": writer.manifest.fingerprint,
+        "complete": plan.complete,
+        "num_images": len(plan.inputs),
+        "num_embedded": int((plan.shard >= 0).sum()),
+        "num_failed": len(plan.failures),
+        "num_pending": len(plan.work),
+        "num_computed": num_computed,
+        "class_names": list(plan.inputs.class_names),
+        "views": writer.manifest.identity["views"],
+        "batch_size": writer.manifest.identity["batch_size"],
+        "seconds": round(seconds, 3),
+        "images_per_second": round(num_computed / seconds, 3),
+        "failures": [
+            {"path": os.fsdecode(names[row]), "reason": reason, "detail": detail}
+            for row, reason, detail in plan.failures
+        ],
+    }
+
+
+def _list_failures(failures: list[dict[str, str]]) -> str:
+    return "\n  ".join(
+        ["", *(f"{display_name(failure['path'])}: {failure['reason']}: {failure['detail']}" for failure in failures)]
+    )
+
+
+def _estimate(
+    config: EmbedConfig,
+    manifest: Manifest,
+    backbone: Backbone,
+    source: Source,
+    examples: list[Example],
+    inputs: Inputs,
+) -> dict[str, Any]:
+    """What a run would do, from a few batches that are computed and thrown away."""
+    plan = draft_plan(config.out, inputs, rehash=config.verify_content, retry_failed=config.retry_failed)
+    batch_size = manifest.identity["batch_size"]
+    row_bytes = sum(manifest.identity["views"].values()) * np.dtype(manifest.identity["stored_dtype"]).itemsize
+    work = [examples[row] for row in plan.work]
+    sample = _spread(work, _SAMPLE_BATCHES * batch_size)
+    rate = None
+    if sample:
+        run_batch = _make_run_batch(backbone, manifest)
+        jax.device_get(run_batch(np.zeros((batch_size, *backbone.preprocessing.image_size, 3), np.uint8)))
+        items = ((Item(0, example), content) for example, content in source.iter_bytes(sample))
+        started = time.monotonic()
+        images = load_images(
+            items, backbone.preprocessing, num_workers=config.num_workers, max_pixels=config.max_pixels
+        )
+        embed_shard(images, run_batch, batch_size=batch_size, dtype="float32", is_known=lambda key: False)
+        rate = len(sample) / (time.monotonic() - started)
+    return {
+        "dry_run": True,
+        "cache": str(config.out),
+        "num_images": len(inputs),
+        "num_pending": len(work),
+        "num_bytes": sum(example.size for example in work),
+        "images_per_second": rate,
+        "minutes": len(work) / rate / 60 if rate else 0.0,
+        "disk_bytes": sum(row_bytes + _FACT_BYTES + len(example.name) for example in work),
+    }
+
+
+def _describe_estimate(estimate: dict[str, Any]) -> str:
+    if not estimate["num_pending"]:
+        return f"{estimate['cache']}: all {estimate['num_images']:,} images are known: nothing would be computed"
+    return (
+        f"{estimate['cache']}: {estimate['num_pending']:,} of {estimate['num_images']:,} images "
+        f"({estimate['num_bytes'] / 1e6:,.1f} MB) would be embedded in some {estimate['minutes']:,.1f} minutes "
+        f"({estimate['images_per_second']:,.1f} images/s, measured on a few) and take "
+        f"{estimate['disk_bytes'] / 1e6:,.1f} MB of disk. Nothing was written."
+    )
