@@ -1,10 +1,9 @@
-"""Figures of a classifier: sums that merge and divide once, so that batch size cannot change an evaluation.
+"""What is reported of a classifier: sums that merge and divide once, and figures with their intervals.
 
-`Metrics` is what train and evaluation steps add up on the device; `summarize` is what metrics.json says of a
-split.
+`Metrics` is what train and evaluation steps add up on the device, so that batch size cannot change an evaluation.
+`summarize` is what metrics.json says of a split.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from scipy.special import log_softmax
 
-_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+from probe.calibration import calibration_error_interval
+from probe.figures import CALIBRATION, LOSSES, SHARES, Figures
+from probe.intervals import bootstrap_interval, resample_counts, share_interval, wilson_interval
+
+Intervals = dict[str, list[float] | None]
 
 
 @struct.dataclass
@@ -66,35 +68,85 @@ class Metrics:
         return self.nll_sum / self.num_examples
 
 
-def summarize(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """What metrics.json holds for a split.
+def summarize(
+    logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str], *, full: bool = True, seed: int = 0
+) -> dict[str, Any]:
+    """What metrics.json holds for a split, as JSON values; None is what these rows cannot say.
 
     Args:
-      logits: [N, C] of the softmax, N > 0; log-probabilities will do as well; labels: [N] integers.
-      class_names: of the C classes; one without examples has accuracy None.
-    Returns: n, accuracy, its 95 % interval by Wilson's score, nll in nats, and n and accuracy per class.
+      logits: [N, C] of the softmax, N > 0 (log-probabilities will do as well), or of independent sigmoids.
+      labels: [N] integers, or [N, C] bool.
+      class_names: of the C classes.
+      full: false leaves out what takes more than a pass over the rows: all intervals but accuracy's, and the
+        figures of ranking.
+      seed: of the bootstrap.
+    Returns: n; each figure that `Figures` lists under its name, and its 95 % interval under name_interval_95;
+      per_class: name to n, accuracy (share of its rows that are recognised, which is the recall; with labels in
+      sets, share of all rows on which this label is right), precision, recall and f1; confusions: the wrong
+      answers as [{"label", "predicted", "n"}], the most frequent first (none where labels are sets). With per_class
+      these are the whole confusion matrix.
     """
-    labels = np.asarray(labels)
-    log_probs = log_softmax(np.asarray(logits, np.float64), axis=1)
-    correct = log_probs.argmax(axis=1) == labels
-    count = np.bincount(labels, minlength=len(class_names))
-    hits = np.bincount(labels[correct], minlength=len(class_names))
+    figures = Figures.of(logits, np.asarray(labels), ranking=full)
+    values = figures.point()
+    intervals: Intervals = {"accuracy": share_interval(int(figures.correct.sum()), figures.num_rows)}
+    if full:
+        intervals = _intervals(figures, values, seed)
+    summary: dict[str, Any] = {"n": figures.num_rows}
+    for name, value in values.items():
+        summary[name] = _number(value)
+        if name in intervals:
+            summary[f"{name}_interval_95"] = intervals[name]
+    summary["per_class"] = _per_class(figures, class_names)
+    if not figures.multi_label:
+        summary["confusions"] = _confusions(np.asarray(labels), figures.predicted, class_names)
+    return summary
+
+
+def _intervals(figures: Figures, values: dict[str, float], seed: int) -> Intervals:
+    """Every figure's 95 % interval; None where these rows cannot say."""
+    chunks = [(figures(counts), counts @ figures.gaps) for counts in resample_counts(figures.num_rows, seed)]
+    intervals: Intervals = {}
+    for name, value in values.items():
+        samples = np.concatenate([sample[name] for sample, _ in chunks])
+        num_answers = figures.num_answers(name)
+        if name in SHARES:
+            intervals[name] = share_interval(round(value * figures.num_rows), figures.num_rows)
+        elif name not in LOSSES and value in (0, 1):  # every sample is the same then
+            intervals[name] = wilson_interval(value * num_answers, num_answers)
+        elif np.isnan(value) or figures.num_rows == 1:
+            intervals[name] = None
+        elif name == CALIBRATION:
+            resampled = np.concatenate([gaps for _, gaps in chunks]) / figures.num_rows
+            intervals[name] = calibration_error_interval(figures.gaps.mean(axis=0), resampled)
+        else:
+            intervals[name] = bootstrap_interval(samples, value)
+    return intervals
+
+
+def _per_class(figures: Figures, class_names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    actual, hits, said = (np.asarray(count).ravel() for count in figures.tally(np.ones((1, figures.num_rows))))
+    asked, right = (np.asarray(which.sum(axis=0)).ravel() for which in figures.answers_by_class())
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: there is no such figure
+        columns = {
+            "accuracy": right / asked,
+            "precision": hits / said,
+            "recall": hits / actual,
+            "f1": 2 * hits / (actual + said),
+        }
     return {
-        "n": len(labels),
-        "accuracy": float(correct.mean()),
-        "accuracy_interval_95": wilson_interval(int(correct.sum()), len(labels)),
-        "nll": float(-log_probs[np.arange(len(labels)), labels].mean()),
-        "per_class": {
-            name: {"n": int(n), "accuracy": float(hit / n) if n else None}
-            for name, n, hit in zip(class_names, count, hits, strict=True)
-        },
+        name: {"n": int(actual[c])} | {figure: _number(values[c]) for figure, values in columns.items()}
+        for c, name in enumerate(class_names)
     }
 
 
-def wilson_interval(num_correct: int, num_examples: int) -> list[float]:
-    """95 % score interval [low, high] of a share; it keeps its level near 0 and 1. Source: Wilson 1927."""
-    share, spread = num_correct / num_examples, _Z95**2 / num_examples
-    centre = share + spread / 2
-    half_width = math.sqrt(spread * (share * (1 - share) + spread / 4))
-    low, high = (centre - half_width) / (1 + spread), (centre + half_width) / (1 + spread)
-    return [max(0.0, low), min(1.0, high)]
+def _confusions(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    wrong = labels != predicted
+    pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]], axis=1), axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [
+        {"label": class_names[pairs[i, 0]], "predicted": class_names[pairs[i, 1]], "n": int(counts[i])} for i in order
+    ]
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
