@@ -99,7 +99,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     def figures(of: np.ndarray) -> dict[str, Any]:
         batches = images.batches(of, config.batch_size)
         logits, true = train.predict_logits(eval_step, result.params, frozen, result.model_state, batches)
-        return summarize(logits, true, source.class_names)
+        return summarize(logits, true, source.class_names, full=of is not rows.train)
 
     judged = train.cross_fitted(result.val_logits, result.val_labels)
     metrics = {

@@ -111,7 +111,7 @@ def fit_arrays(
     for name, rows in (("train", splits.train), ("test", splits.test)):
         if len(rows):
             logits = np.asarray(class_logits(fitted.head.apply(embeddings[rows])))
-            figures[name] = summarize(logits, labels[rows], class_names)
+            figures[name] = summarize(logits, labels[rows], class_names, full=name != "train")
     if fitted.val_logits is not None:
         figures["val"] = summarize(fitted.val_logits, labels[splits.val], class_names)
         figures["val"]["of"] = (
@@ -210,7 +210,7 @@ def _fit_convex(
             config, embeddings[fitted_on], labels[fitted_on], len(class_names), (penalty,)
         )
     curve = [
-        {"penalty": penalty, **_pick(summarize(logits, val_labels, class_names), "accuracy", "nll")}
+        {"penalty": penalty, **_pick(summarize(logits, val_labels, class_names, full=False), "accuracy", "nll")}
         for penalty, logits in zip(PENALTIES, val_logits, strict=True)
     ]
     return FittedHead(
@@ -308,7 +308,8 @@ def _baseline(
         )
     decisions = model.decision_function(apply_scaling(embeddings[rows], mean, scale))
     logits = np.asarray(class_logits(jnp.asarray(decisions.reshape(len(rows), -1))))
-    figures = _pick(summarize(logits, labels[rows], class_names), "accuracy", "accuracy_interval_95", "nll")
+    summary = summarize(logits, labels[rows], class_names, full=False)
+    figures = _pick(summary, "accuracy", "accuracy_interval_95", "nll")
     return {"program": "scikit-learn LogisticRegression", "C": 1.0, "split": name, **figures}
 
 
