@@ -1,0 +1,118 @@
+"""What a run answered to each example: one file of the run folder, `predictions.safetensors`.
+
+    names, name_ends   uint8 [bytes], int64 [N]   the examples' names, one after the other, and where each ends
+    keys               uint8 [N, 32]              SHA-256 of each file's bytes
+    splits             uint8 [N]                  0 train, 1 val, 2 test
+    labels             int32 [N], or uint8 [N, C] if a row may have several
+    logits             float32 [N, C]             of the softmax (two columns for two classes), or of the sigmoids
+    metadata           format version and class names, as JSON under "probe"
+
+No row is answered by a head that was fitted on it: those of train are out of fold, or absent.
+Whoever compares runs joins rows by content key and label, never by position.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from probe.errors import CorruptError, InputError
+
+FILE_NAME = "predictions.safetensors"
+FORMAT_VERSION = 1
+_SPLITS = np.array(["train", "val", "test"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Predictions:
+    """Answers to N examples.
+
+    class_names: of the C classes. names: N, opaque bytes. keys: [N, 32] uint8. splits: [N] of "train", "val", "test".
+    labels: [N] int32, or [N, C] bool. logits: [N, C] float32.
+    """
+
+    class_names: tuple[str, ...]
+    names: list[bytes]
+    keys: np.ndarray
+    splits: np.ndarray
+    labels: np.ndarray
+    logits: np.ndarray
+
+    def __post_init__(self) -> None:
+        shape = (len(self.names), len(self.class_names))
+        assert self.logits.shape == shape, self.logits.shape
+        assert self.labels.shape in (shape, shape[:1]), self.labels.shape
+        assert self.keys.shape == (shape[0], 32), self.keys.shape
+        assert self.splits.shape == shape[:1], self.splits.shape
+
+    @property
+    def multi_label(self) -> bool:
+        return self.labels.ndim == 2
+
+    def take(self, rows: np.ndarray) -> "Predictions":
+        """The rows with these indices, or where the mask is true."""
+        indices = np.arange(len(self.names))[rows]
+        return dataclasses.replace(
+            self,
+            names=[self.names[i] for i in indices],
+            keys=self.keys[indices],
+            splits=self.splits[indices],
+            labels=self.labels[indices],
+            logits=self.logits[indices],
+        )
+
+
+def to_bytes(predictions: Predictions) -> bytes:
+    """The file's content; the same predictions give the same bytes."""
+    codes = (predictions.splits[:, None] == _SPLITS).argmax(axis=1)
+    assert (_SPLITS[codes] == predictions.splits).all(), "a split that has no code"
+    tensors = {
+        "names": np.frombuffer(b"".join(predictions.names), np.uint8),
+        "name_ends": np.cumsum([len(name) for name in predictions.names], dtype=np.int64),
+        "keys": predictions.keys.astype(np.uint8),
+        "splits": codes.astype(np.uint8),
+        "labels": predictions.labels.astype(np.uint8 if predictions.multi_label else np.int32),
+        "logits": np.asarray(predictions.logits, np.float32),
+    }
+    header = {"format_version": FORMAT_VERSION, "class_names": predictions.class_names}
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return bytes(safetensors.numpy.save(contiguous, metadata={"probe": json.dumps(header)}))
+
+
+def load(run: Path) -> Predictions:
+    """Reads a run's predictions back. The run's manifest, which `bundle.load` checks, vouches for the bytes.
+
+    Raises: InputError if the run has none; CorruptError if the file is damaged or of an unknown format version.
+    """
+    path = run / FILE_NAME
+    if not path.is_file():
+        raise InputError(f"{run}: it has no {FILE_NAME}, so what it answered is not known. Train it again.")
+    try:
+        with safe_open(path, framework="np") as file:
+            header = json.loads(file.metadata()["probe"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+    except (SafetensorError, ValueError, TypeError, KeyError) as err:
+        raise CorruptError(f"{path}: damaged: {err}. Restore it from a copy, or train again.") from err
+    if header["format_version"] != FORMAT_VERSION:
+        raise CorruptError(
+            f"{path}: format version {header['format_version']}, but this program reads {FORMAT_VERSION}. "
+            "Use the version of probe that config.json names, or train again."
+        )
+    return _from_tensors(header, tensors)
+
+
+def _from_tensors(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> Predictions:
+    blob, ends = tensors["names"].tobytes(), tensors["name_ends"].tolist()
+    labels = tensors["labels"]
+    return Predictions(
+        class_names=tuple(header["class_names"]),
+        names=[blob[start:end] for start, end in zip([0, *ends], ends, strict=False)],
+        keys=tensors["keys"],
+        splits=_SPLITS[tensors["splits"]],
+        labels=labels.astype(bool) if labels.ndim == 2 else labels,
+        logits=tensors["logits"],
+    )
