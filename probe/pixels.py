@@ -1,109 +1,154 @@
-"""The decoded images of a source as numbered rows, for training: in memory where they fit, else read anew."""
+"""Operations on one picture, as Pillow does them, in JAX: [H, W, 3] float32 pixels in 0..255, in and out.
 
-import dataclasses
-import os
-from collections.abc import Iterator
-from typing import Any
+Nothing here is left to chance and nothing is rounded, but where an operation is about levels (`equalize`,
+`posterize`, `solarize`). `to_uint8` is the one way back.
+"""
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
-from probe.errors import InputError
-from probe.images import Preprocessing, load_images
-from probe.progress import Progress
-from probe.sources import Example, Source, display_name
-from probe.train import Batch, padded_batch
+_FILL = 128.0  # what `warp` uncovers
 
-MAX_BYTES_IN_MEMORY = 4 << 30  # 28,000 images of 224 × 224; above this they are decoded again in every epoch
+Size = tuple[int, int]  # height, width
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageRows:
-    """The N images of a source that can be read, in its order.
+def to_uint8(pixels: jax.Array) -> jax.Array:
+    """Rounds pixels of any shape to levels; beyond 0..255 they are cut off."""
+    return jnp.round(jnp.clip(pixels, 0, 255)).astype(jnp.uint8)
 
-    labels [N] int; splits, groups [N] str, "" where none is said; failures: {"path", "reason", "detail"} of
-    the images that cannot be read, which have no row; pixels [N, H, W, 3] uint8, or None where they do not
-    fit.
+
+def resized_crop(pixels: jax.Array, box: jax.Array, size: Size) -> jax.Array:
+    """Cuts a box out of [H, W, 3] and resizes it to [H', W', 3], bilinear and antialiased as Pillow's resize(box=).
+
+    Two small matrix products, since gathering pixels is slow on a CPU. Pixels just outside of the box count where
+    the filter reaches over its edge; the picture's own edge is where it is cut off.
     """
+    top, left, height, width = box
+    rows = _resize_weights(top, height, pixels.shape[0], size[0])
+    columns = _resize_weights(left, width, pixels.shape[1], size[1])
+    exact = jax.lax.Precision.HIGHEST
+    pixels = jnp.einsum("yh,hwc->ywc", rows, pixels, precision=exact)
+    return jnp.einsum("xw,ywc->yxc", columns, pixels, precision=exact)
 
-    source: Source
-    examples: list[Example]
-    preprocessing: Preprocessing
-    num_workers: int | None
-    labels: np.ndarray
-    splits: np.ndarray
-    groups: np.ndarray
-    failures: list[dict[str, str]]
-    pixels: np.ndarray | None
 
-    @classmethod
-    def decode(
-        cls,
-        source: Source,
-        preprocessing: Preprocessing,
-        *,
-        num_workers: int | None = None,
-        on_error: str = "skip",
-        max_bytes: int = MAX_BYTES_IN_MEMORY,
-    ) -> "ImageRows":
-        """Reads every image once, to know which can be; keeps them where that takes `max_bytes` or less.
+def _resize_weights(start: jax.Array, extent: jax.Array, num_in: int, num_out: int) -> jax.Array:
+    """[num_out, num_in]: how much each pixel of a row counts in each pixel of the resized row."""
+    scale = extent / num_out
+    centres = start + (jnp.arange(num_out) + 0.5) * scale - 0.5
+    distances = jnp.abs(jnp.arange(num_in) - centres[:, None]) / jnp.maximum(scale, 1)
+    weights = jnp.maximum(1 - distances, 0)
+    return weights / weights.sum(axis=1, keepdims=True)
 
-        Raises: InputError at the first unreadable image with on_error="fail", or if none can be read.
-        """
-        shape = (len(source.examples), *preprocessing.image_size, 3)
-        pixels = np.empty(shape, np.uint8) if np.prod(shape, dtype=np.int64) <= max_bytes else None
-        examples: list[Example] = []
-        failures: list[dict[str, str]] = []
-        with Progress("decoding", total=len(source.examples), unit="images") as progress:
-            for image in load_images(
-                source.iter_bytes(source.examples), preprocessing, num_workers=num_workers
-            ):
-                progress.advance(1)
-                if image.failure is None:
-                    assert image.pixels is not None
-                    if pixels is not None:
-                        pixels[len(examples)] = image.pixels
-                    examples.append(image.example)
-                    continue
-                name = display_name(image.example.name)
-                if on_error == "fail":
-                    raise InputError(f"{name}: {image.failure}. Mend it, or pass --on-error skip.")
-                path = os.fsdecode(image.example.name)
-                failures.append({"path": path, "reason": image.failure.reason, "detail": str(image.failure)})
-        if not examples:
-            raise InputError(f"{source.root}: none of its {len(failures)} images can be read")
-        codes = {name: code for code, name in enumerate(source.class_names)}
-        return cls(
-            source=source,
-            examples=examples,
-            preprocessing=preprocessing,
-            num_workers=num_workers,
-            labels=np.array([codes[example.labels[0]] for example in examples]),
-            splits=np.array([example.split or "" for example in examples]),
-            groups=np.array([example.group or "" for example in examples]),
-            failures=failures,
-            pixels=None if pixels is None else pixels[: len(examples)],
-        )
 
-    def batches(self, rows: np.ndarray, batch_size: int) -> Iterator[Batch]:
-        """Yields the given rows in their order, in batches of one shape, the last padded and masked.
+# Colours. A factor of 1 changes nothing, one of 0 leaves what the pixels are blended with.
 
-        Raises: InputError if an image that could be read before cannot be read any more.
-        """
-        decoded = self._decoded(rows) if self.pixels is None else None
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            if decoded is None:
-                assert self.pixels is not None
-                inputs = self.pixels[batch]
-            else:
-                inputs = np.stack([next(decoded) for _ in batch])
-            yield padded_batch(inputs, self.labels[batch], batch_size)
 
-    def _decoded(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        items: Any = self.source.iter_bytes([self.examples[row] for row in rows])
-        for image in load_images(items, self.preprocessing, num_workers=self.num_workers):
-            if image.failure is not None:
-                name = display_name(image.example.name)
-                raise InputError(f"{name}: {image.failure}, but it could be read when the run began")
-            assert image.pixels is not None
-            yield image.pixels
+def _blend(base: jax.Array | float, pixels: jax.Array, factor: jax.Array) -> jax.Array:
+    return jnp.clip(base + factor * (pixels - base), 0, 255)
+
+
+def _grey(pixels: jax.Array) -> jax.Array:
+    """[H, W, 1] luma of RGB by ITU-R 601, as Pillow's mode L."""
+    return 0.299 * pixels[..., :1] + 0.587 * pixels[..., 1:2] + 0.114 * pixels[..., 2:]
+
+
+def brightness(pixels: jax.Array, factor: jax.Array) -> jax.Array:
+    """Away from black, or towards it."""
+    return _blend(0.0, pixels, factor)
+
+
+def contrast(pixels: jax.Array, factor: jax.Array) -> jax.Array:
+    """Away from the mean grey of the picture, or towards it."""
+    return _blend(_grey(pixels).mean(), pixels, factor)
+
+
+def saturation(pixels: jax.Array, factor: jax.Array) -> jax.Array:
+    """Away from each pixel's grey, or towards it."""
+    return _blend(_grey(pixels), pixels, factor)
+
+
+def sharpness(pixels: jax.Array, factor: jax.Array) -> jax.Array:
+    """Away from the blurred picture, or towards it; the outermost pixels stay."""
+    height, width, _ = pixels.shape
+    around = sum(pixels[y : height - 2 + y, x : width - 2 + x] for y in range(3) for x in range(3))
+    blurred = (around + 4 * pixels[1:-1, 1:-1]) / 13
+    return _blend(pixels.at[1:-1, 1:-1].set(blurred), pixels, factor)
+
+
+def turn_hue(pixels: jax.Array, turns: jax.Array) -> jax.Array:
+    """Turns every colour around the colour circle; value and saturation (HSV) stay. Whole turns change nothing."""
+    red, green, blue = jnp.moveaxis(pixels, -1, 0)
+    value = pixels.max(axis=-1)
+    chroma = value - pixels.min(axis=-1)
+    divisor = jnp.where(chroma > 0, chroma, 1)
+    sixths = jnp.where(
+        value == red,
+        (green - blue) / divisor,
+        jnp.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+    )
+    phase = jnp.mod(sixths[..., None] + 6 * turns + jnp.array([5.0, 3.0, 1.0]), 6)
+    return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(phase, 4 - phase), 0, 1)
+
+
+# Geometry and levels.
+
+
+def warp(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Looks every pixel up elsewhere, bilinear, grey where that is outside: Pillow's transform(AFFINE).
+
+    Args:
+      matrix: [2, 3], (x, y, 1) in the result -> (x, y) in the source, in pixels from the top left corner.
+    """
+    height, width, _ = pixels.shape
+    y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
+    (xx, xy, x0), (yx, yy, y0) = matrix
+    x, y = xx * x + xy * y + x0, yx * x + yy * y + y0
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    left, top = jnp.floor(x - 0.5), jnp.floor(y - 0.5)
+    right_share, low_share = (x - 0.5 - left)[..., None], (y - 0.5 - top)[..., None]
+
+    def at(row: jax.Array, column: jax.Array) -> jax.Array:
+        row = jnp.clip(row.astype(jnp.int32), 0, height - 1)
+        return pixels[row, jnp.clip(column.astype(jnp.int32), 0, width - 1)]
+
+    upper = at(top, left) * (1 - right_share) + at(top, left + 1) * right_share
+    lower = at(top + 1, left) * (1 - right_share) + at(top + 1, left + 1) * right_share
+    return jnp.where(inside[..., None], upper * (1 - low_share) + lower * low_share, _FILL)
+
+
+def rotate(pixels: jax.Array, degrees: jax.Array) -> jax.Array:
+    """Counter-clockwise around the centre."""
+    height, width, _ = pixels.shape
+    cos, sin = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
+    x, y = width / 2, height / 2
+    return warp(pixels, jnp.array([[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]]))
+
+
+def autocontrast(pixels: jax.Array) -> jax.Array:
+    """Stretches each channel to 0..255."""
+    least, most = pixels.min(axis=(0, 1)), pixels.max(axis=(0, 1))
+    return jnp.where(most > least, (pixels - least) * 255 / jnp.maximum(most - least, 1), pixels)
+
+
+def equalize(pixels: jax.Array) -> jax.Array:
+    """Makes each channel's histogram as flat as a change of levels can, with the rounding of Pillow's equalize."""
+
+    def one(levels: jax.Array) -> jax.Array:
+        counts = jnp.bincount(levels.ravel(), length=256)
+        brightest = counts[levels.max()]
+        step = (levels.size - brightest) // 255
+        table = jnp.minimum((step // 2 + jnp.cumsum(counts) - counts) // jnp.maximum(step, 1), 255)
+        return jnp.where(step > 0, table, jnp.arange(256))[levels]
+
+    return jax.vmap(one, 2, 2)(jnp.round(pixels).astype(jnp.int32)).astype(jnp.float32)
+
+
+def posterize(pixels: jax.Array, bits: jax.Array) -> jax.Array:
+    """Keeps the highest bits of each level, 0..8 of them."""
+    coarse = 2.0 ** (8 - bits)
+    return jnp.floor(jnp.round(pixels) / coarse) * coarse
+
+
+def solarize(pixels: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Inverts the levels from the threshold on."""
+    return jnp.where(jnp.round(pixels) >= threshold, 255 - pixels, pixels)
