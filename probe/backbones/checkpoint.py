@@ -52,7 +52,7 @@ def load_backbone(name_or_path: str | os.PathLike[str], *, revision: str | None 
     """
     name = os.fspath(name_or_path)
     folder, commit = Path(name).expanduser(), None
-    if folder.is_dir():
+    if name and folder.is_dir():
         if revision is not None:
             raise InputError(f"{name}: a folder has no revisions, but revision {revision!r} was asked for")
         name = str(folder.resolve())
@@ -123,9 +123,7 @@ def parse_config(raw: Mapping[str, Any], array_names: Iterable[str]) -> Config:
     if not architectures & _WITH_PROJECTION and not has_projection(array_names):
         fields["projection_dim"] = None
     elif kind == "clip" and "CLIPVisionModelWithProjection" not in architectures:
-        fields["projection_dim"] = raw.get(
-            "projection_dim", ViTConfig.projection_dim
-        )  # CLIPModel reads its own
+        fields["projection_dim"] = raw.get("projection_dim", ViTConfig.projection_dim)  # CLIPModel reads its own
     return ViTConfig(**fields)
 
 
@@ -136,9 +134,7 @@ def _known_fields(cls: type[ViTConfig] | type[ResNetConfig], raw: Mapping[str, A
 
 def _check_input(folder: Path, config: Config, preprocessing: Preprocessing) -> None:
     if config.num_channels != 3:
-        raise InputError(
-            f"{folder / _CONFIG}: num_channels is {config.num_channels}, but images have 3 (RGB)"
-        )
+        raise InputError(f"{folder / _CONFIG}: num_channels is {config.num_channels}, but images have 3 (RGB)")
     if isinstance(config, ViTConfig) and preprocessing.image_size != (config.image_size, config.image_size):
         height, width = preprocessing.image_size
         raise InputError(
@@ -163,7 +159,7 @@ def _read_preprocessing(folder: Path) -> Preprocessing:
     try:
         return Preprocessing.from_config(raw)
     except InputError as err:
-        raise InputError(f"{path}: {err}") from err
+        raise InputError(f"{folder}: {err}") from err
 
 
 class _SafetensorsFiles(Mapping[str, np.ndarray]):
@@ -186,7 +182,7 @@ class _SafetensorsFiles(Mapping[str, np.ndarray]):
             TypeError,
             AttributeError,
         ) as err:  # a type that numpy lacks, say
-            raise InputError(f"array {name} cannot be read: {err}") from err
+            raise InputError(f"{name} cannot be read: {err}") from err
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -241,9 +237,7 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
         # Maps, strings, numbers and arrays: no code can hide in it.
         flat = flatten_dict(flax.serialization.msgpack_restore(path.read_bytes()), sep=".")
         return {name: np.asarray(array) for name, array in flat.items()}
-    except (
-        Exception
-    ) as err:  # of the parser, of an array's header, of what is no map: they have no common ground
+    except Exception as err:  # of the parser, of an array's header, of what is no map: they have no common ground
         raise InputError(f"{path}: damaged, or not a Flax checkpoint: {err!r}. {_AGAIN}") from err
 
 
@@ -262,7 +256,7 @@ def _read_json(path: Path, without_it: str = "it is needed") -> dict[str, Any]:
 def _hub_id(name: str, revision: str | None) -> tuple[str, str | None]:
     """Splits owner/name@revision. Raises: InputError for what can only mean a folder that is not there."""
     repo_id, _, own_revision = name.partition("@")
-    if Path(name).expanduser().exists():
+    if Path(name).expanduser().is_file():
         raise InputError(f"{name}: is a file; give the folder that holds {_CONFIG} and the weights")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo_id, re.ASCII):
         raise InputError(f"{name}: no such folder, and not a hub id either (owner/name, owner/name@revision)")

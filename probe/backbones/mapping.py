@@ -97,8 +97,8 @@ def variables_from(arrays: Mapping[str, np.ndarray], config: Config) -> dict[str
       arrays: by their dotted names. What belongs to another part of the checkpoint is left behind; of a lazy
         mapping only what the tower needs is read.
     Returns: nested dicts of float32 device arrays, the collection first.
-    Raises: InputError that lists all at once: arrays that are missing, not expected, of another shape, not
-      floating point, or not finite.
+    Raises: InputError that lists all at once: arrays that are missing, not expected, not readable, of another
+      shape, not floating point, or not finite.
     """
     is_flax = any(name.endswith(".kernel") for name in arrays)
     wanted = {(row.flax_name if is_flax else row.torch_name): row for row in mapping_table(config)}
@@ -115,7 +115,12 @@ def variables_from(arrays: Mapping[str, np.ndarray], config: Config) -> dict[str
     problems += [f"not expected: {', '.join(sorted(unexpected))}"] if unexpected else []
     variables: dict[tuple[str, ...], jax.Array] = {}
     for canonical, name in sorted(found.items()):
-        row, array = wanted[canonical], arrays[name]
+        row = wanted[canonical]
+        try:
+            array = arrays[name]
+        except InputError as err:
+            problems.append(str(err))
+            continue
         shape = row.shape if is_flax else tuple(row.shape[axis] for axis in row.torch_axes)
         if array.shape != shape:
             problems.append(f"{name} has shape {array.shape}, expected {shape}")

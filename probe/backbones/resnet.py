@@ -167,9 +167,7 @@ class ResNet(nn.Module):
         """
         config = self.config
         if pixels.shape[-1] != config.num_channels:
-            raise ValueError(
-                f"this tower takes {config.num_channels} channels, got images of {pixels.shape[1:]}"
-            )
+            raise ValueError(f"this tower takes {config.num_channels} channels, got images of {pixels.shape[1:]}")
         hidden = ConvLayer(config.embedding_size, 7, 2, config.hidden_act, name="embedder")(pixels, train)
         hidden = nn.max_pool(hidden, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         hidden = Encoder(config, name="encoder")(hidden, train)

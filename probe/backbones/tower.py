@@ -39,9 +39,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def check_fields(config: object, rule: Callable[[Any], bool], wording: str, *fields: str) -> None:
     """Raises one InputError listing those of a config's `fields` whose values break `rule`."""
-    broken = [
-        f"{field} is {getattr(config, field)!r}" for field in fields if not rule(getattr(config, field))
-    ]
+    broken = [f"{field} is {getattr(config, field)!r}" for field in fields if not rule(getattr(config, field))]
     if broken:
         raise InputError(f"{', '.join(broken)}; must be {wording}")
 

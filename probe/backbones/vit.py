@@ -109,9 +109,7 @@ class Embeddings(nn.Module):
         class_std = width**-0.5 * config.initializer_factor
         class_embedding = self.param("class_embedding", initializers.normal(class_std), (width,))
         position_std = config.initializer_range * config.initializer_factor
-        positions = self.param(
-            "position_embedding", initializers.normal(position_std), (1 + patches.shape[1], width)
-        )
+        positions = self.param("position_embedding", initializers.normal(position_std), (1 + patches.shape[1], width))
         class_token = jnp.broadcast_to(class_embedding, (pixels.shape[0], 1, width))
         return jnp.concatenate([class_token, patches], axis=1) + positions
 
