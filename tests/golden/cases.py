@@ -4,8 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 TOWERS = Path(__file__).parent / "towers"
 FLAX = Path(__file__).parent / "flax"
+SHARED_GOLDEN = Path(__file__).parent / "resnet50_thin.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +85,10 @@ CASES = (
         (36, 36),
     ),
 )
+
+
+def synthetic_images() -> np.ndarray:
+    """[2, 224, 224, 3] uint8: coloured squares of 16 and of 4 pixels, for towers with real weights."""
+    rng = np.random.default_rng(0)
+    coarse, fine = (rng.integers(0, 256, (224 // size, 224 // size, 3), np.uint8) for size in (16, 4))
+    return np.stack([np.kron(coarse, np.ones((16, 16, 1), np.uint8)), np.kron(fine, np.ones((4, 4, 1), np.uint8))])

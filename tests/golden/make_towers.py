@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from tests.checkpoints import CLIP_PREPROCESSOR
-from tests.golden.cases import CASES, TOWERS, Case
+from tests.golden.cases import CASES, SHARED_GOLDEN, TOWERS, Case, synthetic_images
 
 
 def make_model(case: Case, seed: int = 0) -> torch.nn.Module:
@@ -98,6 +98,15 @@ def save_checkpoint(model: torch.nn.Module, case: Case, folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(CLIP_PREPROCESSOR | size, indent=2) + "\n")
 
 
+def make_shared(checkpoint: Path) -> None:
+    """Golden features of the real ResNet beside the checkout, which only development has."""
+    preprocessor = json.loads((checkpoint / "preprocessor_config.json").read_text())
+    pixels = synthetic_images() * preprocessor["rescale_factor"]
+    pixels = ((pixels - preprocessor["image_mean"]) / preprocessor["image_std"]).astype(np.float32)
+    outputs = run(transformers.ResNetModel.from_pretrained(checkpoint).eval(), pixels)
+    np.savez_compressed(SHARED_GOLDEN, pooler_output=outputs["pooler_output"])
+
+
 def main() -> None:
     for case in CASES:
         folder = TOWERS / case.name
@@ -107,6 +116,9 @@ def main() -> None:
         np.savez_compressed(folder / "golden.npz", pixels=pixels, **run(model, pixels))
         size = sum(path.stat().st_size for path in folder.iterdir())
         print(f"{case.name}: {size / 1024:.0f} kB")
+    shared = Path(__file__).parents[3] / "shared" / "models" / "resnet50-thin"
+    if shared.is_dir():
+        make_shared(shared)
     print(f"made with torch {torch.__version__}, transformers {transformers.__version__}")
 
 
