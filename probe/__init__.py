@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from probe.backbones import save_backbone as save_backbone
     from probe.bundle import load as load_run
     from probe.cache import Cache as Cache
+    from probe.compare import compare as compare_runs
+    from probe.config import CompareConfig as CompareConfig
     from probe.config import EmbedConfig as EmbedConfig
     from probe.config import FinetuneConfig as FinetuneConfig
     from probe.config import FitLinearConfig as FitLinearConfig
@@ -32,11 +34,13 @@ _HOMES = {
     "Backbone": ("probe.backbones", "Backbone"),
     "Cache": ("probe.cache", "Cache"),
     "Classifier": ("probe.heads", "Classifier"),
+    "CompareConfig": ("probe.config", "CompareConfig"),
     "EmbedConfig": ("probe.config", "EmbedConfig"),
     "FinetuneConfig": ("probe.config", "FinetuneConfig"),
     "FitLinearConfig": ("probe.config", "FitLinearConfig"),
     "PredictConfig": ("probe.config", "PredictConfig"),
     "ProbeError": ("probe.errors", "ProbeError"),
+    "compare_runs": ("probe.compare", "compare"),
     "embed_images": ("probe.embed", "embed"),
     "finetune_images": ("probe.finetune", "finetune"),
     "fit_linear": ("probe.linear", "fit_linear"),

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from probe.config import EmbedConfig, FinetuneConfig, FitLinearConfig, PredictConfig
+from probe.config import CompareConfig, EmbedConfig, FinetuneConfig, FitLinearConfig, PredictConfig
 from probe.errors import ProbeError
 from probe.interrupt import run_interruptibly
 
@@ -23,6 +23,7 @@ _Command = (
     | Annotated[FitLinearConfig, subcommand("fit-linear", prefix_name=False)]
     | Annotated[FinetuneConfig, subcommand("finetune", prefix_name=False)]
     | Annotated[PredictConfig, subcommand("predict", prefix_name=False)]
+    | Annotated[CompareConfig, subcommand("compare", prefix_name=False)]
 )
 
 
@@ -80,6 +81,11 @@ def _run(config: object) -> tuple[dict[str, Any], str]:
 
             result = predict.predict(config)
             return result, predict.describe(result)
+        case CompareConfig():
+            from probe import compare
+
+            result = compare.compare(config)
+            return result, compare.describe(result)
     raise AssertionError(f"no verb for {type(config).__name__}")
 
 

@@ -226,3 +226,22 @@ class PredictConfig:
         _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
         if self.num_workers is not None:
             _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Say which of two runs is better on the same rows, and whether that is more than chance."""
+
+    run_a: Positional[Path]
+    """Run folder A."""
+    run_b: Positional[Path]
+    """Run folder B; differences are B - A."""
+    split: Literal["test", "val", "train"] = "test"
+    """Rows to compare on; those of train were answered out of fold, where the runs have such answers."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+    json: Flag = False
+    """Print the comparison to stdout as JSON, with every flipped image."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", "zero or more", self.seed)

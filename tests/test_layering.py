@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "probe"
-VERBS = {"probe.embed", "probe.linear", "probe.finetune", "probe.predict", "probe.cli"}
+VERBS = {"probe.embed", "probe.linear", "probe.finetune", "probe.predict", "probe.compare", "probe.cli"}
 ONLY_IMPORTERS = {"h5py": "probe.cache", "tyro": "probe.cli probe.config"}
 
 

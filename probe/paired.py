@@ -1,0 +1,76 @@
+"""Two classifiers on the same rows: their difference, its interval, and whether chance would do as well."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from probe.figures import SHARES, Figures
+from probe.intervals import bootstrap_interval, resample_counts, wilson_interval
+
+
+def compare_answers(
+    logits_a: np.ndarray, logits_b: np.ndarray, labels: np.ndarray, class_names: Sequence[str], *, seed: int = 0
+) -> dict[str, Any]:
+    """What is said of two classifiers, A and B, as JSON values.
+
+    Args:
+      logits_a, logits_b: [N, C], row by row of the same examples; labels: [N] integers, or [N, C] bool; class_names:
+        of the C classes. All as `metrics.summarize` takes them.
+      seed: of the bootstrap.
+    Returns: n; figures: name to {"a", "b", "difference", "interval_95"}; mcnemar: {"only_a_correct",
+      "only_b_correct", "p_value"}, the exact two-sided probability that chance divides these rows as unevenly;
+      per_class: name to {"n", "accuracy_a", "accuracy_b", "difference", "interval_95"}.
+      A difference is B - A; its interval is of the paired bootstrap, both on the same resampled rows. None is what
+      these rows cannot say.
+    """
+    a, b = (Figures.of(logits, np.asarray(labels)) for logits in (logits_a, logits_b))
+    asked, right_a = a.answers_by_class()
+    _, right_b = b.answers_by_class()
+    figures, by_class = [], []
+    for counts in resample_counts(a.num_rows, seed):
+        sample_a, sample_b = a(counts), b(counts)
+        figures.append({name: sample_b[name] - sample_a[name] for name in sample_a})
+        num_asked = counts @ asked
+        by_class.append(np.where(num_asked > 0, counts @ (right_b - right_a), np.nan) / np.maximum(num_asked, 1))
+
+    value_a, value_b = a.point(), b.point()
+    compared = {}
+    for name in value_a:
+        samples = np.concatenate([chunk[name] for chunk in figures])
+        compared[name] = _difference(value_a[name], value_b[name], samples, a.num_rows if name in SHARES else 0)
+
+    per_class = {}
+    num_asked, num_right_a, num_right_b = (np.asarray(which.sum(axis=0)).ravel() for which in (asked, right_a, right_b))
+    class_samples = np.concatenate(by_class)
+    for c, (name, n) in enumerate(zip(class_names, num_asked, strict=True)):
+        share_a, share_b = (hits[c] / n if n else np.nan for hits in (num_right_a, num_right_b))
+        facts = _difference(share_a, share_b, class_samples[:, c], int(n))
+        per_class[name] = {"n": int(n), "accuracy_a": facts.pop("a"), "accuracy_b": facts.pop("b"), **facts}
+    return {
+        "n": a.num_rows,
+        "figures": compared,
+        "mcnemar": _mcnemar(a.correct, b.correct),
+        "per_class": per_class,
+    }
+
+
+def _mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, Any]:
+    only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
+    p_value = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return {"only_a_correct": only_a, "only_b_correct": only_b, "p_value": p_value}
+
+
+def _difference(a: float, b: float, samples: np.ndarray, num_rows: int) -> dict[str, Any]:
+    """One line of the comparison; num_rows: of which a and b are shares, 0 if they are none."""
+    if np.isnan(a) or np.isnan(b):
+        known = {name: None if np.isnan(value) else float(value) for name, value in (("a", a), ("b", b))}
+        return {**known, "difference": None, "interval_95": None}
+    difference = float(b - a)
+    interval = bootstrap_interval(samples, difference)
+    if num_rows and not samples[~np.isnan(samples)].any():
+        # They agree on every row, and so on all resampled ones: disagreement can be as frequent as 0 of n allows.
+        _, most = wilson_interval(0, num_rows)
+        interval = [-most, most]
+    return {"a": float(a), "b": float(b), "difference": difference, "interval_95": interval}
