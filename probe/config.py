@@ -92,6 +92,87 @@ class EmbedConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheLsConfig:
+    """Say what is in a cache: how it was made, classes, splits, failures, revisions and size."""
+
+    cache: Positional[Path]
+    """Cache folder."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheVerifyConfig:
+    """Read every byte of a cache and check it against its hashes; exit code 6 if anything is damaged."""
+
+    cache: Positional[Path]
+    """Cache folder."""
+    deep: Path | None = None
+    """Also read every image of this source and compare it with the key it was embedded under."""
+    repair: Flag = False
+    """Remove damaged files; the same `probe embed` then makes them anew."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheMergeConfig:
+    """Join caches of equal fingerprint into a new one."""
+
+    caches: Positional[tuple[Path, ...]]
+    """Cache folders, two or more."""
+    out: Path
+    """Cache folder to create."""
+    prefix: Flag = False
+    """Put each cache's folder name before the names of its images, so that equal names do not clash."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.caches) >= 2, "caches", "two folders or more", len(self.caches))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CachePruneConfig:
+    """Remove what the newest revision of a cache does not use: embeddings of removed images, old plans."""
+
+    cache: Positional[Path]
+    """Cache folder; no `probe embed` may be running on it."""
+    dry_run: Flag = False
+    """Only say what would be removed."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheExportConfig:
+    """Write a cache as one plain file that other tools read."""
+
+    cache: Positional[Path]
+    """Cache folder."""
+    single: Path
+    """File to write: .h5, .npz or .parquet; it is built in memory."""
+    overwrite: Flag = False
+    """Replace what stands there."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheImportConfig:
+    """Make a cache of features that another program computed, for `fit-linear`."""
+
+    features: Positional[Path]
+    """.npz, .npy (with --table), .parquet or .h5 file: embeddings, labels, and if there are, names, splits, groups."""
+    out: Path
+    """Cache folder to create."""
+    table: Path | None = None
+    """CSV file with one line per row of a .npy: columns label, and if there are, name, split, group."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FitLinearConfig:
     """Train a head on cached embeddings: the convex optimum of a linear head, or an MLP."""
 

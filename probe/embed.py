@@ -84,8 +84,8 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     summary = _summarize(config, writer, done or plan, work.num_computed, time.monotonic() - started)
     if summary["complete"] and summary["num_embedded"] == 0:
         raise InputError(
-            f"{config.images}: none of {summary['num_images']:,} images could be read, as "
-            + _list_failures(summary["failures"][:3])
+            f"{config.images}: none of {summary['num_images']:,} images could be read: "
+            + "; ".join(map(_spell_failure, summary["failures"][:3]))
         )
     return summary
 
@@ -101,9 +101,9 @@ def describe(summary: dict[str, Any]) -> str:
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         lines.append(f"classes ({len(names)}): {shown}")
     if summary["failures"]:
-        lines.append("failed: " + _list_failures(summary["failures"][:_FAILURES_SHOWN]))
+        lines += [f"failed: {_spell_failure(failure)}" for failure in summary["failures"][:_FAILURES_SHOWN]]
         if num_failed > _FAILURES_SHOWN:
-            lines.append(f"  and {num_failed - _FAILURES_SHOWN:,} more, see {Path(summary['cache'], 'failed')}")
+            lines.append(f"failed: {num_failed - _FAILURES_SHOWN:,} more, see {Path(summary['cache'], 'failed')}")
     if not summary["complete"]:
         lines.append(
             f"{summary['num_pending']:,} images are left to other processes; the one that ends last completes the cache"
@@ -342,10 +342,8 @@ def _summarize(
     }
 
 
-def _list_failures(failures: list[dict[str, str]]) -> str:
-    return "\n  ".join(
-        ["", *(f"{display_name(failure['path'])}: {failure['reason']}: {failure['detail']}" for failure in failures)]
-    )
+def _spell_failure(failure: dict[str, str]) -> str:
+    return f"{display_name(failure['path'])}: {failure['reason']}: {failure['detail']}"
 
 
 def _estimate(

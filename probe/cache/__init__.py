@@ -11,6 +11,9 @@ memory and appears under its name whole (`probe.storage`); nothing is ever chang
 """
 
 from probe.cache.arrays import write_cache as write_cache
+from probe.cache.hdf5 import SafeFile as SafeFile
+from probe.cache.hdf5 import build_image as build_image
+from probe.cache.hdf5 import safe_open as safe_open
 from probe.cache.manifest import Manifest as Manifest
 from probe.cache.manifest import check_same as check_same
 from probe.cache.manifest import load_manifest as load_manifest
@@ -25,6 +28,10 @@ from probe.cache.reader import Table as Table
 from probe.cache.shards import KNOWN as KNOWN
 from probe.cache.shards import Facts as Facts
 from probe.cache.shards import ShardContents as ShardContents
+from probe.cache.upkeep import merge_caches as merge_caches
+from probe.cache.upkeep import prune_cache as prune_cache
+from probe.cache.verifying import remove_damaged as remove_damaged
+from probe.cache.verifying import verify_cache as verify_cache
 from probe.cache.writer import CacheWriter as CacheWriter
 from probe.cache.writer import draft_plan as draft_plan
 from probe.cache.writer import known_keys as known_keys

@@ -20,6 +20,7 @@ _MAX_CHUNK_BYTES = 64 << 20
 _MAX_BYTES = 64 << 30  # of one dataset, as it would stand in memory
 _MAX_RATIO = 200  # bytes in memory per byte stored: real features compress by 1.2, a bomb by 1000
 _MAX_DIMENSIONS = 2
+_MAX_CHILDREN = 100
 _KINDS = "fiuS"  # floats, integers, fixed-length bytes: nothing that points elsewhere in the file
 _FILTERS = {
     h5py.h5z.FILTER_DEFLATE: "deflate",
@@ -62,6 +63,17 @@ class SafeFile:
     def has(self, path: str) -> bool:
         """Whether there is anything at `path`, which may still be unfit to read."""
         return self._link(path) is not None
+
+    def children(self, path: str) -> list[str] | None:
+        """Names in the group at `path`, sorted; None if there is no group. Raises: CorruptError if there are many."""
+        if type(self._link(path)) is not h5py.HardLink:
+            return None
+        group = self._file[path]
+        if not isinstance(group, h5py.Group):
+            return None
+        if len(group) > _MAX_CHILDREN:
+            raise self._error(path, f"is a group of {len(group):,} items")
+        return sorted(group)
 
     def read(self, path: str, *, dtypes: str | None = None) -> np.ndarray:
         """The whole dataset.

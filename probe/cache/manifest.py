@@ -66,14 +66,13 @@ def check_same(found: Manifest, wanted: Manifest, root: Path) -> None:
     """Raises: MismatchError that lists every field in which the cache in `root` is not what is wanted now."""
     if found.fingerprint == wanted.fingerprint:
         return
-    lines = [
-        f"  {field}: {_spell(theirs)} in the cache, {_spell(ours)} now"
+    differences = "; ".join(
+        f"{field} is {_spell(theirs)} there and {_spell(ours)} now"
         for field, theirs, ours in _differences(found.identity, wanted.identity)
-    ]
+    )
     raise MismatchError(
-        f"{root}: this cache was made in another way, so new embeddings would not match the old ones:\n"
-        + "\n".join(lines)
-        + "\nGive what the cache was made with, or choose another --out."
+        f"{root}: this cache was made in another way, and new embeddings would not match the old ones: {differences}. "
+        "Give the backbone and the options that the cache was made with, or choose another --out."
     )
 
 

@@ -136,6 +136,11 @@ class Cache:
         return [Failure(self.plan.inputs.names[row], reason, detail) for row, reason, detail in self.plan.failures]
 
     @property
+    def num_revisions(self) -> int:
+        """Plan files that there are, open ones included."""
+        return len(list_plans(self.root / "plan"))
+
+    @property
     def num_pending(self) -> int:
         """Inputs still to be embedded: 0 unless the cache was opened with partial=True."""
         return len(self.plan.work)

@@ -176,6 +176,17 @@ def _is_consistent(sidecar: Sidecar) -> bool:
     )
 
 
+def shard_files(root: Path, sidecar: Path) -> list[Path]:
+    """The files of one sealed shard: its sidecar first, so that what remains of a removal does not count."""
+    record = open_record(read_file(sidecar), sidecar)
+    files = [sidecar]
+    if record["shard"]:
+        files.append(sidecar.with_suffix(".h5"))
+    if record["failed"]:
+        files.append(root / "failed" / Path(record["failed"]["file"]).name)
+    return files
+
+
 def read_shard(root: Path, info: ShardInfo, *, verify: bool) -> bytes:
     """The bytes of a shard.
 

@@ -60,7 +60,7 @@ class CacheWriter:
         Returns: a plan whose `work` is empty if nothing is to be embedded.
         """
         plan = draft_plan(self.root, inputs, rehash=rehash, retry_failed=retry_failed)
-        return plan if plan.id else self._store(plan)
+        return plan if plan.id else self.store(plan)
 
     def shard_rows(self, plan: Plan, number: int) -> np.ndarray:
         """Rows of the plan that shard `number` of its work is made from, in order."""
@@ -110,9 +110,10 @@ class CacheWriter:
                 f"{self.root}: {len(done.work)} inputs are said to be known, but no shard has them. "
                 f"Run `probe cache verify {self.root} --repair` and the same command again."
             )
-        return self._store(dataclasses.replace(done, revision=plan.revision + 1, complete=True, rehash=False))
+        return self.store(dataclasses.replace(done, revision=plan.revision + 1, complete=True, rehash=False))
 
-    def _store(self, plan: Plan) -> Plan:
+    def store(self, plan: Plan) -> Plan:
+        """Writes a plan, whose shards are in place, as the revision that it says. Raises: StorageError."""
         name, image = plan.encode()
         make_folder(self.root / "plan")
         atomic_write_bytes(self.root / "plan" / name, image)
