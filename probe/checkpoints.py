@@ -98,6 +98,23 @@ def find(folder: Path, which: Which) -> Path | None:
     return paths[-1] if paths else None
 
 
+def describe(folder: Path, which: Which) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The record of a checkpoint, and for each path of its tree an empty array of the dtype and shape stored.
+
+    For who must know how far a run had come before the tree to `load` can be named.
+    Raises: CorruptError as `load` does.
+    """
+    path = _find(folder, which)
+    _verify(path)
+    manifest = json.loads((path / MANIFEST).read_text())
+    arrays = {}
+    for name, text in manifest["arrays"].items():
+        dtype, _, shape = text.removesuffix("]").partition("[")
+        if not dtype.startswith("key<"):  # random keys are of the train state, whose form is known
+            arrays[name] = np.empty([int(size) for size in shape.split(",") if size], jnp.dtype(dtype))
+    return manifest["record"], arrays
+
+
 def load(folder: Path, which: Which, like: Any, *, expect: Mapping[str, Any] | None = None) -> Checkpoint:
     """Reads a checkpoint back, after proving that not a byte of it has changed.
 
@@ -111,9 +128,7 @@ def load(folder: Path, which: Which, like: Any, *, expect: Mapping[str, Any] | N
       CorruptError if there is none, or if files are damaged, missing or too many: all are named.
       MismatchError if arrays or entries of the record are not those asked for: both sides are listed.
     """
-    path = find(folder, which)
-    if path is None:
-        raise CorruptError(f"{folder} holds no checkpoint" + (" marked best" if which == "best" else ""))
+    path = _find(folder, which)
     _verify(path)
     manifest = json.loads((path / MANIFEST).read_text())
     leaves = _leaves(like)
@@ -121,6 +136,13 @@ def load(folder: Path, which: Which, like: Any, *, expect: Mapping[str, Any] | N
     found = _read_arrays(path / ARRAYS, leaves)
     tree = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in leaves])
     return Checkpoint(path, manifest["step"], tree, manifest["record"])
+
+
+def _find(folder: Path, which: Which) -> Path:
+    path = find(folder, which)
+    if path is None:
+        raise CorruptError(f"{folder} holds no checkpoint" + (" marked best" if which == "best" else ""))
+    return path
 
 
 # Orbax: a flat dict of arrays in, the same out.

@@ -16,14 +16,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from probe import bundle, optim, train
+from probe import bundle, optim, steps, train
 from probe.backbones import Backbone, load_backbone, normalize_pixels
+from probe.choice import cross_fitted
 from probe.config import FinetuneConfig, to_json
+from probe.decoded import ImageRows
 from probe.errors import ConfigError, MismatchError
 from probe.heads import Classifier, TrainedHead, num_logits
 from probe.images import Preprocessing
 from probe.metrics import summarize
-from probe.pixels import ImageRows
 from probe.progress import Progress
 from probe.rates import RateOptions, make_rules
 from probe.sources import check_labels, open_source
@@ -76,7 +77,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     with Progress("training", total=config.epochs * len(rows.train), unit="images") as progress:
 
         def train_batches(epoch: int) -> Any:
-            order = rows.train[train.shuffled(len(rows.train), seed=config.seed, epoch=epoch)]
+            order = rows.train[steps.shuffled(len(rows.train), seed=config.seed, epoch=epoch)]
             for batch in images.batches(order, config.batch_size):
                 yield batch
                 progress.advance(int(batch.mask.sum()))
@@ -94,14 +95,14 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             on_epoch=_print_epoch,
         )
 
-    eval_step = train.make_eval_step(apply_fn)
+    eval_step = steps.make_eval_step(apply_fn)
 
     def figures(of: np.ndarray) -> dict[str, Any]:
         batches = images.batches(of, config.batch_size)
-        logits, true = train.predict_logits(eval_step, result.params, frozen, result.model_state, batches)
+        logits, true = steps.predict_logits(eval_step, result.params, frozen, result.model_state, batches)
         return summarize(logits, true, source.class_names, full=of is not rows.train)
 
-    judged = train.cross_fitted(result.val_logits, result.val_labels)
+    judged = cross_fitted(result.val_logits, result.val_labels)
     metrics = {
         "splits": {
             "train": figures(rows.train),
@@ -122,7 +123,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         source.class_names,
         backbone,
         start.hidden,
-        train.merge(result.params, frozen),
+        steps.merge(result.params, frozen),
         result,
         metrics,
     )
@@ -145,7 +146,7 @@ def describe(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def make_apply_fn(classifier: Classifier, preprocessing: Preprocessing) -> train.ApplyFn:
+def make_apply_fn(classifier: Classifier, preprocessing: Preprocessing) -> steps.ApplyFn:
     """The full mode of the hinge (see `probe.train`): uint8 images [B, H, W, 3] -> logits [B, num_logits].
 
     Batch statistics stay those of the pretrained tower: a fine-tuning batch is too small to replace them.

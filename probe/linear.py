@@ -21,13 +21,15 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from probe import bundle
+from probe.choice import best_candidate, cross_fitted
 from probe.config import FitLinearConfig, to_json
 from probe.errors import InputError
 from probe.heads import Params, TrainedHead, class_logits, fold_scaling, make_head, num_logits
 from probe.metrics import summarize
 from probe.solver import Solution, solve_path, solve_with_sklearn
 from probe.splits import Splits, resolve_splits
-from probe.train import best_candidate, cross_fitted, fit, padded_batches, shuffled
+from probe.steps import padded_batches, shuffled
+from probe.train import fit
 
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(2, -6, 17))  # λ, for standardised features
 _CONSTANT = 1e-6  # a deviation below this share of the mean is float32's rounding, not a feature

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from probe import bundle, optim, train
+from probe import bundle, optim, steps
 from probe.backbones import load_backbone
 from probe.config import FinetuneConfig
 from probe.errors import ConfigError, InputError, MismatchError
@@ -55,11 +55,11 @@ def test_a_frozen_backbone_equals_head_only_mode(backbone):
     images, labels = random_images(backbone, 10)
     embeddings = np.asarray(backbone.apply(backbone.variables, images).pooler_output)
     tx = optax.adam(1e-2)
-    full = train.TrainState.create({"head": params["head"]}, tx, seed=0, model_state=state)
-    head = train.TrainState.create({"head": params["head"]}, tx, seed=0)
-    full_step, head_step = train.make_train_step(apply_fn, tx), train.make_train_step(head_only, tx)
+    full = steps.TrainState.create({"head": params["head"]}, tx, seed=0, model_state=state)
+    head = steps.TrainState.create({"head": params["head"]}, tx, seed=0)
+    full_step, head_step = steps.make_train_step(apply_fn, tx), steps.make_train_step(head_only, tx)
     for pixels, features in zip(
-        train.padded_batches(images, labels, 4), train.padded_batches(embeddings, labels, 4), strict=True
+        steps.padded_batches(images, labels, 4), steps.padded_batches(embeddings, labels, 4), strict=True
     ):
         full, full_sums = full_step(full, {"backbone": params["backbone"]}, pixels)
         head, head_sums = head_step(head, {}, features)
@@ -77,12 +77,12 @@ def test_a_frozen_backbone_costs_no_more_than_inference(backbone):
     """On the compiled programs: no gradient of a backbone weight is computed, no moments of it are kept."""
     apply_fn, params, state = classifier_of(backbone)
     images, labels = random_images(backbone, 4)
-    tx, batch = optax.adam(1e-3), train.padded_batch(images, labels, 4)
+    tx, batch = optax.adam(1e-3), steps.padded_batch(images, labels, 4, examples=np.arange(len(labels)))
     frozen = {"backbone": params["backbone"]}
     inference = flops(jax.jit(functools.partial(apply_fn, key=None)), params, state, images)
-    whole = train.TrainState.create(params, tx, seed=0, model_state=state)
-    head = train.TrainState.create({"head": params["head"]}, tx, seed=0, model_state=state)
-    step = train.make_train_step(apply_fn, tx)
+    whole = steps.TrainState.create(params, tx, seed=0, model_state=state)
+    head = steps.TrainState.create({"head": params["head"]}, tx, seed=0, model_state=state)
+    step = steps.make_train_step(apply_fn, tx)
     # The head's own gradient and Adam are some 50 operations per head weight.
     head_work = 50 * sum(leaf.size for leaf in jax.tree.leaves(params["head"]))
     assert inference < flops(step, head, frozen, batch) < inference + head_work
@@ -94,9 +94,9 @@ def test_frozen_weights_are_not_constants_of_the_program(backbone):
     """A program with its weights baked in would be compiled again for every backbone, and hold them twice."""
     apply_fn, params, state = classifier_of(backbone)
     images, labels = random_images(backbone, 4)
-    tx, batch = optax.adam(1e-3), train.padded_batch(images, labels, 4)
-    step = train.make_train_step(apply_fn, tx)
-    head = train.TrainState.create({"head": params["head"]}, tx, seed=0, model_state=state)
+    tx, batch = optax.adam(1e-3), steps.padded_batch(images, labels, 4, examples=np.arange(len(labels)))
+    step = steps.make_train_step(apply_fn, tx)
+    head = steps.TrainState.create({"head": params["head"]}, tx, seed=0, model_state=state)
     memory = step.lower(head, {"backbone": params["backbone"]}, batch).compile().memory_analysis()
     used = {name: leaf for name, leaf in params["backbone"].items() if name != "visual_projection"}
     assert memory.argument_size_in_bytes > sum(leaf.nbytes for leaf in jax.tree.leaves(used))
@@ -105,9 +105,9 @@ def test_frozen_weights_are_not_constants_of_the_program(backbone):
 def test_a_batch_size_of_evaluation_does_not_matter(backbone):
     apply_fn, params, state = classifier_of(backbone)
     images, labels = random_images(backbone, 7)
-    step = train.make_eval_step(apply_fn)
-    one, _ = train.predict_logits(step, params, {}, state, train.padded_batches(images, labels, 1))
-    four, _ = train.predict_logits(step, params, {}, state, train.padded_batches(images, labels, 4))
+    step = steps.make_eval_step(apply_fn)
+    one, _ = steps.predict_logits(step, params, {}, state, steps.padded_batches(images, labels, 1))
+    four, _ = steps.predict_logits(step, params, {}, state, steps.padded_batches(images, labels, 4))
     np.testing.assert_allclose(one, four, atol=1e-4)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from probe import train
+from probe import steps, train
 from probe.backbones import load_backbone
 from probe.heads import make_head
 
@@ -50,10 +50,10 @@ def test_a_resnet_without_its_last_layer_and_several_dense_layers(tiny_resnet):
         apply_fn,
         optax.adam(1e-2),
         params,
-        train_batches=lambda epoch: train.padded_batches(
-            features[~unseen], labels[~unseen], 10, train.shuffled(64, seed=0, epoch=epoch)
+        train_batches=lambda epoch: steps.padded_batches(
+            features[~unseen], labels[~unseen], 10, steps.shuffled(64, seed=0, epoch=epoch)
         ),
-        val_batches=lambda: train.padded_batches(features[unseen], labels[unseen], 10),
+        val_batches=lambda: steps.padded_batches(features[unseen], labels[unseen], 10),
         num_epochs=10,
         seed=0,
     )
