@@ -78,8 +78,12 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise ImageError("too-big", f"more than {max_pixels:,} pixels (--max-pixels): {err}") from err
     except UnidentifiedImageError as err:
+        for kind in FORMATS:
+            accepts = Image.OPEN[kind][1]
+            if accepts and accepts(data[:16]) is True:
+                raise ImageError("corrupt", f"begins as {kind}, but its header is damaged or cut short") from err
         formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise ImageError("format", f"not the header of a {formats} image; begins with {data[:16]!r}") from err
+        raise ImageError("format", f"not a {formats} image: begins with {data[:16]!r}") from err
     except MemoryError as err:
         raise ImageError("memory", "not enough memory to decode it") from err
     except Exception as err:  # Pillow also raises SyntaxError, ValueError, KeyError, struct.error ...

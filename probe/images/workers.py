@@ -92,10 +92,10 @@ def load_images(
 
     def next_image() -> LoadedImage[T]:
         image = pending.popleft().result()
-        if image.failure or image.key is None or not skip_keys(image.key):
-            assert image.failure or image.pixels is not None, "skip_keys took back a key it had accepted"
-            return image
-        return dataclasses.replace(image, pixels=None)
+        if image.key is not None and skip_keys(image.key):
+            return dataclasses.replace(image, pixels=None, failure=None)
+        assert image.failure or image.pixels is not None, "skip_keys took back a key it had accepted"
+        return image
 
     try:
         for example, content in items:
@@ -149,17 +149,16 @@ class _Pool:
         attempts = 2
         while failure is None:
             assert not isinstance(content, ImageError)
-            worker = self._worker()
             try:
-                return self._exchange(worker, example, content)
+                return self._exchange(self._worker(), example, content)
             except TimeoutError:
-                self._discard(worker)
+                self._discard()
                 failure = ImageError("timeout", f"not decoded within {self._timeout_s:g} s")
             except OSError:  # the pipe is broken: the worker is gone
-                status = self._discard(worker)
+                status = self._discard()
                 attempts -= 1
                 if attempts == 0:
-                    failure = ImageError("crashed", f"its decoder crashed twice ({status})")
+                    failure = ImageError("crashed", f"its decoder crashed twice ({_describe_exit(status)})")
         return LoadedImage(example, None, None, failure)
 
     def _exchange(self, worker: "_Worker", example: T, content: bytes | Path) -> LoadedImage[T]:
@@ -190,29 +189,38 @@ class _Pool:
         return LoadedImage(example, key if status == _FAILED else None, None, failure, size, mtime_ns)
 
     def _worker(self) -> "_Worker":
-        """This thread's worker, started where there is none. Raises: RuntimeError."""
+        """This thread's worker, started where there is none.
+
+        Raises: OSError if it was killed at once; RuntimeError if it does not start.
+        """
         worker: _Worker | None = getattr(self._mine, "worker", None)
         if worker is not None:
             return worker
         with self._lock:
             if self._closed:
                 raise RuntimeError("the pool of decoding workers is closed")
-            worker = _Worker()
+            worker = self._mine.worker = _Worker()
             self._workers.add(worker)
         deadline = time.monotonic() + _START_SECONDS
         try:
             worker.send(_SETTINGS.pack(len(self._settings)) + self._settings, deadline)
             worker.receive_struct(_SETTINGS, deadline)
         except OSError as err:
-            status = self._discard(worker)
-            raise RuntimeError(f"a decoding worker did not start ({status}); it says why above") from err
-        self._mine.worker = worker
+            status = self._discard()
+            if status is not None and status < 0 and not isinstance(err, TimeoutError):
+                raise
+            reason = f"{_describe_exit(status)}; it says why above"
+            raise RuntimeError(f"a decoding worker did not start: {reason}") from err
         return worker
 
-    def _discard(self, worker: "_Worker") -> str:
+    def _discard(self) -> int | None:
+        """Ends this thread's worker, if there is one, and returns its exit code."""
+        worker: _Worker | None = self._mine.worker
+        self._mine.worker = None
+        if worker is None:
+            return None
         with self._lock:
             self._workers.discard(worker)
-        self._mine.worker = None
         return worker.end()
 
 
@@ -263,8 +271,8 @@ class _Worker:
     def kill(self) -> None:
         self._process.kill()
 
-    def end(self) -> str:
-        """Kills the process if it is still there, and says how it ended."""
+    def end(self) -> int | None:
+        """Kills the process if it is still there. Returns: its exit code; None if it does not die."""
         for patience_s in (0.2, 2.0):  # one that crashes may be busy dying; one stuck in the kernel stays
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(patience_s)
@@ -272,8 +280,11 @@ class _Worker:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe
             pipe.close()
-        code = self._process.returncode
-        return f"killed by signal {-code}" if code and code < 0 else f"exit code {code}"
+        return self._process.returncode
+
+
+def _describe_exit(code: int | None) -> str:
+    return f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> None:
