@@ -20,15 +20,16 @@ MAX_BYTES_IN_MEMORY = 4 << 30  # 28,000 images of 224 × 224; above this they ar
 class ImageRows:
     """The N images of a source that can be read, in its order.
 
-    labels [N] int; splits, groups [N] str, "" where none is said; failures: {"path", "reason", "detail"} of
-    the images that cannot be read, which have no row; pixels [N, H, W, 3] uint8, or None where they do not
-    fit.
+    keys [N, 32] uint8, SHA-256 of each file; labels [N] int; splits, groups [N] str, "" where none is said;
+    failures: {"path", "reason", "detail"} of the images that cannot be read, which have no row; pixels
+    [N, H, W, 3] uint8, or None where they do not fit.
     """
 
     source: Source
     examples: list[Example]
     preprocessing: Preprocessing
     num_workers: int | None
+    keys: np.ndarray
     labels: np.ndarray
     splits: np.ndarray
     groups: np.ndarray
@@ -52,15 +53,18 @@ class ImageRows:
         shape = (len(source.examples), *preprocessing.image_size, 3)
         pixels = np.empty(shape, np.uint8) if np.prod(shape, dtype=np.int64) <= max_bytes else None
         examples: list[Example] = []
+        keys: list[bytes] = []
         failures: list[dict[str, str]] = []
         with Progress("decoding", total=len(source.examples), unit="images") as progress:
             for image in load_images(source.iter_bytes(source.examples), preprocessing, num_workers=num_workers):
                 progress.advance(1)
                 if image.failure is None:
                     assert image.pixels is not None
+                    assert image.key is not None
                     if pixels is not None:
                         pixels[len(examples)] = image.pixels
                     examples.append(image.example)
+                    keys.append(image.key)
                     continue
                 name = display_name(image.example.name)
                 if on_error == "fail":
@@ -75,6 +79,7 @@ class ImageRows:
             examples=examples,
             preprocessing=preprocessing,
             num_workers=num_workers,
+            keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32),
             labels=np.array([codes[example.labels[0]] for example in examples]),
             splits=np.array([example.split or "" for example in examples]),
             groups=np.array([example.group or "" for example in examples]),

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from probe import bundle, optim, steps, train
+from probe import bundle, optim, predictions, steps, train
 from probe.backbones import Backbone, load_backbone, normalize_pixels
 from probe.choice import cross_fitted
 from probe.config import FinetuneConfig, to_json
@@ -97,20 +97,22 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     eval_step = steps.make_eval_step(apply_fn)
 
-    def figures(of: np.ndarray) -> dict[str, Any]:
+    def logits_of(of: np.ndarray) -> np.ndarray:
         batches = images.batches(of, config.batch_size)
-        logits, true = steps.predict_logits(eval_step, result.params, frozen, result.model_state, batches)
-        return summarize(logits, true, source.class_names, full=of is not rows.train)
+        return steps.predict_logits(eval_step, result.params, frozen, result.model_state, batches)[0]
 
     judged = cross_fitted(result.val_logits, result.val_labels)
+    answers = {} if judged is None else {"val": (rows.val, judged)}
+    if len(rows.test):
+        answers["test"] = (rows.test, logits_of(rows.test))
+    names, true = source.class_names, images.labels
+    figures = {
+        "train": summarize(logits_of(rows.train), true[rows.train], names, full=False),
+        "val": {"n": len(rows.val), "accuracy": None, "nll": None},
+        **{split: summarize(logits, true[of], names) for split, (of, logits) in answers.items()},
+    }
     metrics = {
-        "splits": {
-            "train": figures(rows.train),
-            "val": {"n": len(rows.val), "accuracy": None, "nll": None}
-            if judged is None
-            else summarize(judged, result.val_labels, source.class_names),
-            **({"test": figures(rows.test)} if len(rows.test) else {}),
-        },
+        "splits": figures,
         "val_is_given": rows.val_is_given,
         "val_figure": "cross-fitted: each half of validation judged at the epoch that the other half chose",
         "best_epoch": result.history[result.best].epoch,
@@ -126,6 +128,13 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         steps.merge(result.params, frozen),
         result,
         metrics,
+        predictions.collect(
+            answers,
+            class_names=names,
+            names=[example.name for example in images.examples],
+            keys=images.keys,
+            labels=true,
+        ),
     )
     return metrics
 
@@ -225,6 +234,7 @@ def _save(
     params: dict[str, Any],
     result: train.FitResult,
     metrics: dict[str, Any],
+    answers: predictions.Predictions,
 ) -> None:
     tuned = dataclasses.replace(
         backbone,
@@ -252,7 +262,7 @@ def _save(
         finetuned=changed,
         config=to_json(config),
         metrics=metrics,
-        files={"history.csv": _history_csv(result.history)},
+        files={"history.csv": _history_csv(result.history), predictions.FILE_NAME: predictions.to_bytes(answers)},
         overwrite=config.overwrite,
     )
 

@@ -13,6 +13,7 @@ Whoever compares runs joins rows by content key and label, never by position.
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,33 @@ class Predictions:
             labels=self.labels[indices],
             logits=self.logits[indices],
         )
+
+
+def collect(
+    answers: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    class_names: Sequence[str],
+    names: Sequence[bytes],
+    keys: np.ndarray,
+    labels: np.ndarray,
+) -> Predictions:
+    """Puts together what was answered to each split.
+
+    Args:
+      answers: split to (indices [n] of its rows, logits [n, C]).
+      class_names, names, keys, labels: of all rows, as `Predictions` has them; keys [N, 32] uint8.
+    """
+    # What comes first is for a run that has nothing to show
+    rows = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in answers.values())])
+    logits = [np.empty((0, len(class_names)), np.float32), *(logits for _, logits in answers.values())]
+    return Predictions(
+        class_names=tuple(class_names),
+        names=[names[int(row)] for row in rows],
+        keys=keys[rows],
+        splits=np.repeat(np.array(list(answers), str), [len(rows) for rows, _ in answers.values()]),
+        labels=labels[rows],
+        logits=np.concatenate(logits),
+    )
 
 
 def to_bytes(predictions: Predictions) -> bytes:

@@ -64,6 +64,17 @@ def test_rows_are_taken_by_mask_and_by_index():
     np.testing.assert_array_equal(saved.take(np.array([2, 0])).logits, saved.logits[[2, 0]])
 
 
+def test_answers_are_collected_with_their_own_rows():
+    saved = some_predictions([b"v", b"w", b"x", b"y"])
+    answers = {"test": (np.array([3, 0]), saved.logits[[3, 0]]), "val": (np.array([2]), saved.logits[[2]])}
+    kept = {field: getattr(saved, field) for field in ("class_names", "names", "keys", "labels")}
+    collected = predictions.collect(answers, **kept)
+    assert collected.splits.tolist() == ["test", "test", "val"]
+    assert_equal(dataclasses.replace(collected, splits=saved.splits[[3, 0, 2]]), saved.take(np.array([3, 0, 2])))
+    nothing = predictions.collect({}, **kept)
+    assert (nothing.names, nothing.logits.shape, nothing.labels.dtype) == ([], (0, 3), np.int32)
+
+
 def test_a_run_without_predictions(tmp_path):
     with pytest.raises(InputError, match=rf"{FILE_NAME}.*Train it again"):
         predictions.load(tmp_path)
