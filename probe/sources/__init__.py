@@ -2,6 +2,16 @@
 
 from probe.sources.folders import IMAGE_SUFFIXES
 from probe.sources.opening import open_source
+from probe.sources.rows import Columns
 from probe.sources.source import Example, Source, check_labels, display_name, list_names
 
-__all__ = ["IMAGE_SUFFIXES", "Example", "Source", "check_labels", "display_name", "list_names", "open_source"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Columns",
+    "Example",
+    "Source",
+    "check_labels",
+    "display_name",
+    "list_names",
+    "open_source",
+]

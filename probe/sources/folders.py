@@ -9,7 +9,7 @@ or a dangling link with the name of an image is listed, and fails by itself late
 import collections
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from probe.errors import InputError
@@ -22,11 +22,14 @@ IMAGE_SUFFIXES = frozenset(
 _JUNK_FOLDERS = {b"__MACOSX", b"@eaDir"}  # what macOS puts in zips, and Synology beside photos
 
 
+Listed = tuple[bytes, int, int]  # name, size, mtime_ns
+
+
 @dataclasses.dataclass(frozen=True)
 class Listing:
     """What lies below a folder, by name relative to it."""
 
-    images: list[tuple[bytes, int, int]]  # name, size, mtime_ns; sorted by name
+    images: list[Listed]  # sorted by name
     others: dict[str, list[bytes]]  # suffix -> names of the other files
     hidden: int
 
@@ -46,28 +49,51 @@ class FileSource(Source):
         return Path(os.fsdecode(self._path(example)))
 
     def _path(self, example: Example) -> bytes:
-        return _join(os.fsencode(self.root), example.name)
+        return join(os.fsencode(self.root), example.name)
 
 
-def label_by_folder(root: Path, images: Iterable[tuple[bytes, int, int]], *, labelled: bool = True) -> list[Example]:
-    """Examples whose class and split the folders of their names say.
+def label_by_folder(
+    root: Path, images: Sequence[Listed], *, labelled: bool = True, is_archive: bool = False
+) -> list[Example]:
+    """Examples whose class and split the folders of their names say, in the order of `images`.
 
+    Args:
+      is_archive: pass over folders that all names share, as archives often hold one.
     Raises: InputError where that is ambiguous: images beside folders of images, or splits beside classes.
     """
-    images = list(images)
     if not labelled:
         return [Example(name, (), None, None, size, mtime_ns) for name, size, mtime_ns in images]
-    depth = _class_depth(root, [name for name, _, _ in images])
+    shared = _shared_folders([name for name, _, _ in images]) if is_archive and images else b""
+    depth = _class_depth(root, [name[len(shared) :] for name, _, _ in images])
     labels: dict[bytes, tuple[str, ...]] = {}
     examples = []
     for name, size, mtime_ns in images:
-        parts = name.split(b"/", 2)
+        parts = name[len(shared) :].split(b"/", 2)
         split: Split | None = SPLITS[os.fsdecode(parts[0]).lower()] if depth.has_splits else None
         folder = parts[depth.of_class] if depth.of_class is not None else b""
         if folder not in labels:
             labels[folder] = (os.fsdecode(folder),) if folder else ()
         examples.append(Example(name, labels[folder], split, None, size, mtime_ns))
     return examples
+
+
+def split_of_folder(name: bytes) -> Split | None:
+    """The split that the top folder of a name says."""
+    top, slash, _ = name.partition(b"/")
+    return SPLITS.get(os.fsdecode(top).lower()) if slash else None
+
+
+def _shared_folders(names: list[bytes]) -> bytes:
+    """What stands before class folders or splits in all names: b"photos/" of photos/cat/1.jpg, photos/dog/1.jpg."""
+    shared = b""
+    while True:
+        top, slash, _ = names[0][len(shared) :].partition(b"/")
+        longer = shared + top + slash
+        if not slash or split_of_folder(top + slash) or not all(name.startswith(longer) for name in names):
+            return shared
+        if top != b"." and not all(b"/" in name[len(longer) :] for name in names):
+            return shared  # images directly in it: it is a class
+        shared = longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +145,7 @@ def _class_depth(root: Path, names: list[bytes]) -> _Depth:
 
 def list_folder(root: Path) -> Listing:
     """Walks everything below `root`. Raises: InputError listing folders that cannot be read."""
-    images: list[tuple[bytes, int, int]] = []
+    images: list[Listed] = []
     others: dict[str, list[bytes]] = collections.defaultdict(list)
     hidden = 0
     unreadable: list[str] = []
@@ -129,7 +155,7 @@ def list_folder(root: Path) -> Listing:
     folders, links = [b""], list[bytes]()
     while folders or links:
         folder = folders.pop() if folders else links.pop()  # links last, so that real names win
-        path = _join(base, folder)
+        path = join(base, folder)
         inner: list[bytes] = []
         try:
             identity = _identity(path)
@@ -138,12 +164,12 @@ def list_folder(root: Path) -> Listing:
             seen.add((folder.split(b"/", 1)[0], *identity))
             with os.scandir(path) as entries:
                 for entry in entries:
-                    name = _join(folder, entry.name)
-                    if entry.name.startswith(b".") or entry.name in _JUNK_FOLDERS:
+                    name = join(folder, entry.name)
+                    if _is_hidden_part(entry.name):
                         hidden += 1
                     elif _is_folder(entry):
                         (links if entry.is_symlink() else inner).append(name)
-                    elif (suffix := _suffix(entry.name)) in IMAGE_SUFFIXES:
+                    elif (suffix := suffix_of(entry.name)) in IMAGE_SUFFIXES:
                         images.append((name, *_facts(entry)))
                     else:
                         others[os.fsdecode(suffix)].append(name)
@@ -157,11 +183,22 @@ def list_folder(root: Path) -> Listing:
     return Listing(images, {suffix: sorted(names) for suffix, names in others.items()}, hidden)
 
 
-def _join(folder: bytes, name: bytes) -> bytes:
-    return folder + b"/" + name if folder else name  # pathlib has no bytes
+def join(folder: bytes, name: bytes) -> bytes:
+    """The path of `name` as seen from where `folder` is seen."""
+    return folder + b"/" + name if folder and not name.startswith(b"/") else name
 
 
-def _suffix(name: bytes) -> bytes:
+def is_hidden(name: bytes) -> bool:
+    """Whether any part of a name is one that `list_folder` would leave out."""
+    return any(map(_is_hidden_part, name.split(b"/")))
+
+
+def _is_hidden_part(part: bytes) -> bool:
+    return (part.startswith(b".") and part not in (b".", b"..")) or part in _JUNK_FOLDERS
+
+
+def suffix_of(name: bytes) -> bytes:
+    """The extension in lower case, with its dot: b".jpg"; b"" if there is none."""
     _, dot, extension = name.rpartition(b".")
     return dot + extension.lower() if dot else b""
 

@@ -7,6 +7,7 @@ decoded to find a file again, and shown to people only through `display_name`.
 import abc
 import collections
 import dataclasses
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,8 @@ class Source(abc.ABC):
         self.ignored: dict[str, int] = dict(ignored or {})
         if not examples:
             left_out = ", ".join(f"{n} {kind or 'without extension'}" for kind, n in sorted(self.ignored.items()))
-            raise InputError(f"{root}: no images found" + (f" (left out: {left_out})" if left_out else ""))
+            found = f"no images found (left out: {left_out})" if left_out else "no images found"
+            raise InputError(f"{root}: {found}. Give a folder with root/class/* or root/{{train,val,test}}/class/*.")
         names = collections.Counter(e.name for e in examples)
         if len(names) < len(examples):
             twins = [name for name, count in names.items() if count > 1]
@@ -112,13 +114,19 @@ def check_labels(source: Source) -> None:
         by_split[example.split].update(example.labels)
     known = by_split["train"] | by_split[None]
     if not known:
-        raise InputError(f"{root}: no training images, only {' and '.join(sorted(map(str, by_split)))}")
+        raise InputError(f"{root}: no training images, only {' and '.join(s for s in ('val', 'test') if by_split[s])}")
     for split in ("val", "test"):
         if strange := sorted(by_split[split] - known):
             raise InputError(
                 f"{root}: classes in {split} that train lacks: {list_names(strange)}; "
                 f"train has {list_names(sorted(known))}"
             )
+
+
+def split_in_name(name: str) -> Split | None:
+    """The split that the name of a shard says: imagenet-train-0001.tar, validation-00000-of-00001.parquet."""
+    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS]
+    return SPLITS[words[-1]] if words else None
 
 
 def display_name(name: bytes | str) -> str:
