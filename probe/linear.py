@@ -20,7 +20,7 @@ import optax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from probe import bundle
+from probe import bundle, predictions
 from probe.choice import best_candidate, cross_fitted
 from probe.config import FitLinearConfig, to_json
 from probe.errors import InputError
@@ -71,6 +71,13 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
         seed=config.seed,
     )
     fitted, metrics = fit_arrays(config, embeddings, table.labels, splits, cache.class_names)
+    answers = predictions.collect(
+        _answers(fitted, embeddings, splits),
+        class_names=cache.class_names,
+        names=table.names,
+        keys=table.keys,
+        labels=table.labels,
+    )
     provenance = cache.provenance
     reference = bundle.BackboneReference(
         name=provenance["backbone"],
@@ -84,11 +91,10 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
         view="pooler",
         backbone=reference,
         preprocessor_config=provenance["preprocessor_config"],
-        backbone_copy=(
-            load_backbone(reference.name, revision=reference.revision) if config.bundle_backbone else None
-        ),
+        backbone_copy=(load_backbone(reference.name, revision=reference.revision) if config.bundle_backbone else None),
         config=to_json(config),
         metrics=metrics,
+        files={predictions.FILE_NAME: predictions.to_bytes(answers)},
         overwrite=config.overwrite,
     )
     return metrics
@@ -109,16 +115,12 @@ def fit_arrays(
     """
     fit_head = _fit_mlp if config.head == "mlp" else _fit_convex
     fitted = fit_head(config, embeddings, labels, splits, class_names)
-    figures = {}
-    for name, rows in (("train", splits.train), ("test", splits.test)):
-        if len(rows):
-            logits = np.asarray(class_logits(fitted.head.apply(embeddings[rows])))
-            figures[name] = summarize(logits, labels[rows], class_names, full=name != "train")
-    if fitted.val_logits is not None:
-        figures["val"] = summarize(fitted.val_logits, labels[splits.val], class_names)
-        figures["val"]["of"] = (
-            "heads that train alone gave, each half of the rows judged by what the other chose"
-        )
+    train_logits = np.asarray(class_logits(fitted.head.apply(embeddings[splits.train])))
+    figures = {"train": summarize(train_logits, labels[splits.train], class_names, full=False)}
+    for name, (rows, logits) in _answers(fitted, embeddings, splits).items():
+        figures[name] = summarize(logits, labels[rows], class_names)
+    if "val" in figures:
+        figures["val"]["of"] = "heads that train alone gave, each half of the rows judged by what the other chose"
     return fitted, {
         "splits": figures,
         "head": config.head,
@@ -189,6 +191,16 @@ def apply_scaling(embeddings: np.ndarray, mean: np.ndarray, scale: np.ndarray) -
     return np.asarray(scaled, np.float32)
 
 
+def _answers(fitted: FittedHead, embeddings: np.ndarray, splits: Splits) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Split to (its rows, their logits [n, C]): what may be judged, since no row chose or trained what answers it."""
+    answers = {}
+    if fitted.val_logits is not None:
+        answers["val"] = (splits.val, fitted.val_logits)
+    if len(splits.test):
+        answers["test"] = (splits.test, np.asarray(class_logits(fitted.head.apply(embeddings[splits.test]))))
+    return answers
+
+
 def _fit_convex(
     config: FitLinearConfig,
     embeddings: np.ndarray,
@@ -197,9 +209,7 @@ def _fit_convex(
     class_names: Sequence[str],
 ) -> FittedHead:
     """λ chosen on validation along the path; then one fit of train and validation together."""
-    solutions, heads = _solve(
-        config, embeddings[splits.train], labels[splits.train], len(class_names), PENALTIES
-    )
+    solutions, heads = _solve(config, embeddings[splits.train], labels[splits.train], len(class_names), PENALTIES)
     val_embeddings, val_labels = embeddings[splits.val], labels[splits.val]
     val_logits = np.stack([class_logits(head.apply(val_embeddings)) for head in heads])
     best = best_candidate(val_logits, val_labels)  # of equals the first, which is the most penalised
@@ -208,9 +218,7 @@ def _fit_convex(
         fitted_on = np.sort(np.concatenate([splits.train, splits.val]))
         # C is held, not λ: with more rows the penalty weighs less beside them.
         penalty = PENALTIES[best] * len(splits.train) / len(fitted_on)
-        (solution,), (head,) = _solve(
-            config, embeddings[fitted_on], labels[fitted_on], len(class_names), (penalty,)
-        )
+        (solution,), (head,) = _solve(config, embeddings[fitted_on], labels[fitted_on], len(class_names), (penalty,))
     curve = [
         {"penalty": penalty, **_pick(summarize(logits, val_labels, class_names, full=False), "accuracy", "nll")}
         for penalty, logits in zip(PENALTIES, val_logits, strict=True)
@@ -261,9 +269,7 @@ def _fit_mlp(
     module = make_head(num_logits(len(class_names)), config.hidden)
     params = module.init(jax.random.key(config.seed), jnp.zeros((1, embeddings.shape[1])))["params"]
 
-    def apply_fn(
-        params: Params, model_state: Any, inputs: Any, key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
+    def apply_fn(params: Params, model_state: Any, inputs: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
         return jnp.asarray(module.apply({"params": params["head"]}, inputs)), model_state
 
     def train_batches(epoch: int) -> Any:
@@ -292,9 +298,7 @@ def _fit_mlp(
     )
 
 
-def _baseline(
-    embeddings: np.ndarray, labels: np.ndarray, splits: Splits, class_names: Sequence[str]
-) -> dict[str, Any]:
+def _baseline(embeddings: np.ndarray, labels: np.ndarray, splits: Splits, class_names: Sequence[str]) -> dict[str, Any]:
     """What scikit-learn gives as it comes: standardised features, C = 1, nothing chosen.
 
     Fitted on train and validation and judged on test; without a test split, fitted on train and judged on
