@@ -359,7 +359,8 @@ split = jax.NamedSharding(mesh, jax.P("data"))
 w = np.arange(32, dtype=np.float32).reshape(16, 2)
 tree = {"w": jax.device_put(w, split), "keys": jax.device_put(jax.random.split(jax.random.key(0), 8), split)}
 checkpoints.save(folder, 1, tree, {})
-one = checkpoints.load(folder, "last", {"w": jax.numpy.zeros((16, 2)), "keys": jax.random.split(jax.random.key(0), 8)})
+unsplit = {"w": jax.numpy.zeros((16, 2)), "keys": jax.random.split(jax.random.key(0), 8)}
+one = checkpoints.load(folder, "last", unsplit)
 assert len(one.tree["w"].devices()) == 1
 np.testing.assert_array_equal(one.tree["w"], w)
 checkpoints.save(folder, 2, one.tree, {})

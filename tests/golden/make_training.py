@@ -4,15 +4,15 @@ Run where PyTorch and transformers 5 are installed, from the root of the reposit
 
     python -m tests.golden.make_training
 
-The folder is the checkpoint before the first step (config.json, model.safetensors, preprocessor_config.json) with
-one file for each way to train, a linear head on the pooler output and rates of their own for backbone and head:
+The folder is the checkpoint before the first step (config.json, model.safetensors, preprocessor_config.json),
+with one file for each way to train; there is a linear head on the pooler output:
 
     sgd.npz              three classes, cross-entropy, plain SGD
     momentum-binary.npz  two classes, one logit, SGD with momentum
 
-Each holds `images` [3, B, H, W, 3] uint8 and `labels` [3, B]; `head/…` before the first step, channels last;
-`losses` [3], each before its step; and `final/…`, every parameter after the last, by its name in transformers. The
-last batch has fewer real rows than the others: those whose label is -1 take no part.
+Each holds `rates` [2] of backbone and head; `images` [3, B, H, W, 3] uint8 and `labels` [3, B]; `head/…` before
+the first step, channels last; `losses` [3], each before its step; and `final/…`, every parameter after the
+last, by its name in transformers. The last batch has fewer real rows: those whose label is -1 take no part.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from tests.golden.cases import Case
 from tests.golden.make_towers import make_model, save_checkpoint
@@ -86,9 +86,9 @@ def train(way: Way) -> dict[str, np.ndarray]:
         logits = head(model(pixels.permute(0, 3, 1, 2)).pooler_output)
         target = torch.from_numpy(labels[step][real])
         if num_logits == 1:
-            loss = F.binary_cross_entropy_with_logits(logits[:, 0], target.float())
+            loss = binary_cross_entropy_with_logits(logits[:, 0], target.float())
         else:
-            loss = F.cross_entropy(logits, target)
+            loss = cross_entropy(logits, target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -96,6 +96,7 @@ def train(way: Way) -> dict[str, np.ndarray]:
     final = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     final |= {"head.kernel": head.weight.detach().T.numpy().copy(), "head.bias": head.bias.detach().numpy().copy()}
     return {
+        "rates": np.array([BACKBONE_RATE, HEAD_RATE]),
         "images": images,
         "labels": labels,
         "losses": np.array(losses, np.float32),
