@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from probe.cli import main
-from probe.config import PredictConfig
+from probe.compare import compare
+from probe.config import CompareConfig, PredictConfig
 from probe.errors import InputError
 from probe.predict import describe, predict
 from tests.checkpoints import write_tiny_clip
@@ -46,6 +47,16 @@ def test_predictions_are_those_of_the_metrics(run: str, trained: Path, tmp_path:
     metrics = json.loads((trained / run / "metrics.json").read_text())
     assert accuracy == pytest.approx(metrics["splits"]["test"]["accuracy"])
     assert "12 images" in describe(result)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_both_kinds_of_run_answered_the_same_rows_and_compare(split: str, trained: Path) -> None:
+    result = compare(CompareConfig(run_a=trained / "run", run_b=trained / "tuned", split=split))
+    for run, side in (("run", "a"), ("tuned", "b")):
+        metrics = json.loads((trained / run / "metrics.json").read_text())["splits"][split]
+        for name, line in result["figures"].items():
+            assert line[side] == pytest.approx(metrics[name]), name
+    assert result["n"] == metrics["n"]
 
 
 def test_a_prediction_does_not_depend_on_the_batch_it_came_in(trained: Path) -> None:
