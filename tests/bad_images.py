@@ -4,6 +4,7 @@ Everything is made from one picture of smooth colours by Pillow or by hand, so t
 """
 
 import dataclasses
+import importlib.util
 import io
 import struct
 import zlib
@@ -197,7 +198,10 @@ def cases() -> list[Case]:
         "icon.jpg": (encode(PICTURE, "ICO"), "format"),
         "jpeg2000.jpg": (encode(PICTURE, "JPEG2000"), "format"),
         "targa.jpg": (encode(PICTURE, "TGA"), "format"),
-        "heic.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), "format"),
+        "heic.jpg": (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
+            "corrupt" if importlib.util.find_spec("pillow_heif") else "format",
+        ),
         "start-only.jpg": (b"\xff\xd8\xff", "corrupt"),
         "header-only.png": (plain[:33], "corrupt"),
         "signature-only.png": (plain[:8], "corrupt"),

@@ -4,6 +4,7 @@ worker processes that hang, die or are lied to."""
 import contextlib
 import io
 import json
+import sys
 import warnings
 from typing import Any
 
@@ -257,7 +258,17 @@ def test_max_pixels_is_exact(num_pixels: int, fits: bool) -> None:
         assert caught.value.reason == "too-big"
 
 
-def test_heic_names_the_extra() -> None:
+def test_heic_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ImageError, match="HEIC needs") as caught:
         decode_image(CASES["heic.jpg"].data)
     assert caught.value.reason == "format"
+
+
+def test_heic() -> None:
+    pytest.importorskip("pillow_heif", reason="needs the extra `heic`").register_heif_opener()
+    data = encode(PICTURE.resize((400, 300)), "HEIF", quality=95)
+    assert np.abs(np.asarray(decode_image(data)).astype(int) - np.asarray(PICTURE.resize((400, 300)))).mean() < 4
+    with pytest.raises(ImageError) as caught:
+        decode_image(data[: len(data) // 3])
+    assert caught.value.reason == "corrupt"

@@ -78,8 +78,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise ImageError("too-big", f"more than {max_pixels:,} pixels (--max-pixels): {err}") from err
     except UnidentifiedImageError as err:
-        for kind in FORMATS:
-            accepts = Image.OPEN[kind][1]
+        for kind in (*FORMATS, "HEIF"):
+            _, accepts = Image.OPEN.get(kind, (None, None))
             if accepts and accepts(data[:16]) is True:
                 raise ImageError("corrupt", f"begins as {kind}, but its header is damaged or cut short") from err
         formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
