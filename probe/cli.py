@@ -8,23 +8,35 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import subcommand
 
-from probe.config import CompareConfig, EmbedConfig, FinetuneConfig, FitLinearConfig, PredictConfig
+from probe import config as configs
 from probe.errors import ProbeError
 from probe.interrupt import run_interruptibly
 
-_Command = (
-    Annotated[EmbedConfig, subcommand("embed", prefix_name=False)]
-    | Annotated[FitLinearConfig, subcommand("fit-linear", prefix_name=False)]
-    | Annotated[FinetuneConfig, subcommand("finetune", prefix_name=False)]
-    | Annotated[PredictConfig, subcommand("predict", prefix_name=False)]
-    | Annotated[CompareConfig, subcommand("compare", prefix_name=False)]
+_Cache = (
+    Annotated[configs.CacheLsConfig, subcommand("ls", prefix_name=False)]
+    | Annotated[configs.CacheVerifyConfig, subcommand("verify", prefix_name=False)]
+    | Annotated[configs.CacheMergeConfig, subcommand("merge", prefix_name=False)]
+    | Annotated[configs.CachePruneConfig, subcommand("prune", prefix_name=False)]
+    | Annotated[configs.CacheExportConfig, subcommand("export", prefix_name=False)]
+    | Annotated[configs.CacheImportConfig, subcommand("import", prefix_name=False)]
 )
+_Command = (
+    Annotated[configs.EmbedConfig, subcommand("embed", prefix_name=False)]
+    | Annotated[configs.FitLinearConfig, subcommand("fit-linear", prefix_name=False)]
+    | Annotated[configs.FinetuneConfig, subcommand("finetune", prefix_name=False)]
+    | Annotated[configs.PredictConfig, subcommand("predict", prefix_name=False)]
+    | Annotated[configs.CompareConfig, subcommand("compare", prefix_name=False)]
+    | Annotated[_Cache, subcommand("cache", description="List, verify, join and exchange caches.", prefix_name=False)]
+)
+
+_Verb = Callable[[Any], dict[str, Any]]  # config -> result as JSON values
+_Describe = Callable[[dict[str, Any]], str]  # the result as text for people
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,33 +71,57 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: object) -> tuple[dict[str, Any], str]:
-    """The verb's result, and the same as text for people."""
+    verb, describe = _verb_of(config)
+    result = verb(config)
+    return result, describe(result)
+
+
+def _verb_of(config: object) -> tuple[_Verb, _Describe]:
     match config:
-        case EmbedConfig():
+        case configs.EmbedConfig():
             from probe import embed
 
-            result = embed.embed(config)
-            return result, embed.describe(result)
-        case FitLinearConfig():
+            return embed.embed, embed.describe
+        case configs.FitLinearConfig():
             from probe import linear
 
-            result = linear.fit_linear(config)
-            return result, linear.describe(result)
-        case FinetuneConfig():
+            return linear.fit_linear, linear.describe
+        case configs.FinetuneConfig():
             from probe import finetune
 
-            result = finetune.finetune(config)
-            return result, finetune.describe(result)
-        case PredictConfig():
+            return finetune.finetune, finetune.describe
+        case configs.PredictConfig():
             from probe import predict
 
-            result = predict.predict(config)
-            return result, predict.describe(result)
-        case CompareConfig():
+            return predict.predict, predict.describe
+        case configs.CompareConfig():
             from probe import compare
 
-            result = compare.compare(config)
-            return result, compare.describe(result)
+            return compare.compare, compare.describe
+        case configs.CacheLsConfig():
+            from probe import cache_tools
+
+            return cache_tools.ls, cache_tools.describe_ls
+        case configs.CacheVerifyConfig():
+            from probe import cache_tools
+
+            return cache_tools.verify, cache_tools.describe_verify
+        case configs.CacheMergeConfig():
+            from probe import cache_tools
+
+            return cache_tools.merge, cache_tools.describe_merge
+        case configs.CachePruneConfig():
+            from probe import cache_tools
+
+            return cache_tools.prune, cache_tools.describe_prune
+        case configs.CacheExportConfig():
+            from probe import exchange
+
+            return exchange.export_cache, exchange.describe_export
+        case configs.CacheImportConfig():
+            from probe import exchange
+
+            return exchange.import_features, exchange.describe_import
     raise AssertionError(f"no verb for {type(config).__name__}")
 
 
