@@ -1,0 +1,99 @@
+"""Paired differences: resampled together, exact where chance can be counted, and honest where nothing differs."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from probe.figures import Figures
+from probe.intervals import bootstrap_interval, wilson_interval
+from probe.paired import compare_answers
+
+CLASSES = ("cat", "dog", "owl")
+
+
+def pair(num_rows, skills=(1.0, 1.0), seed=0, num_classes=3):
+    """Logits of two classifiers whose errors have nothing to do with each other, and labels."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, num_classes, num_rows)
+    one_hot = np.eye(num_classes)[labels]
+    return *(rng.normal(size=one_hot.shape) + skill * one_hot for skill in skills), labels
+
+
+def test_differences_are_those_of_the_same_resampled_rows():
+    a, b, labels = pair(80, skills=(1, 2))
+    compared = compare_answers(a, b, labels, CLASSES)["figures"]
+    rng = np.random.default_rng(1)
+    samples = []
+    for _ in range(1000):
+        rows = rng.integers(0, 80, 80)
+        point_a, point_b = (Figures.of(logits[rows], labels[rows]).point() for logits in (a, b))
+        samples.append({name: point_b[name] - point_a[name] for name in point_a})
+    for name, line in compared.items():
+        by_hand = bootstrap_interval(np.array([sample[name] for sample in samples]), line["difference"])
+        assert line["interval_95"] == pytest.approx(by_hand, abs=0.2 * (by_hand[1] - by_hand[0])), name
+
+
+def test_mcnemar_is_the_exact_one():
+    # 8 against 2: 2 (C(10, 0) + C(10, 1) + C(10, 2)) / 2^10
+    labels = np.zeros(30, int)
+    right, wrong = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    a = np.array([right] * 20 + [wrong] * 8 + [right] * 2)
+    b = np.array([right] * 20 + [right] * 8 + [wrong] * 2)
+    test = compare_answers(a, b, labels, CLASSES[:2])["mcnemar"]
+    assert test == {"only_a_correct": 2, "only_b_correct": 8, "p_value": pytest.approx(2 * (1 + 10 + 45) / 1024)}
+
+
+def test_useless_differences_are_seldom_called_differences():
+    """Equal skill: at 95 %, about one comparison in twenty says otherwise."""
+    verdicts = {"accuracy": 0, "nll": 0, "macro_f1": 0}
+    p_values = []
+    for seed in range(60):
+        compared = compare_answers(*pair(80, seed=seed), CLASSES)
+        p_values.append(compared["mcnemar"]["p_value"])
+        for name in verdicts:
+            low, high = compared["figures"][name]["interval_95"]
+            verdicts[name] += not low <= 0 <= high
+    # 60 draws at 5 %: more than 8 come up in 2 of 1,000 such sets
+    assert stats.binom.sf(8, 60, 0.05) < 0.01
+    assert max(verdicts.values()) <= 8
+    assert np.mean(np.array(p_values) < 0.05) <= 8 / 60
+
+
+def test_true_differences_are_seen():
+    compared = compare_answers(*pair(300, skills=(1, 3)), CLASSES)
+    assert compared["figures"]["accuracy"]["interval_95"][0] > 0
+    assert compared["figures"]["nll"]["interval_95"][1] < 0
+    assert compared["mcnemar"]["p_value"] < 1e-3
+
+
+def test_two_that_agree_everywhere_may_still_differ_elsewhere():
+    a, _, labels = pair(50)
+    compared = compare_answers(a, 2 * a, labels, CLASSES)
+    most = wilson_interval(0, 50)[1]
+    assert compared["figures"]["accuracy"]["interval_95"] == [-most, most]
+    assert compared["figures"]["nll"]["difference"] != 0
+    of_class = compared["per_class"]["cat"]
+    most = wilson_interval(0, of_class["n"])[1]
+    assert of_class["interval_95"] == [-most, most]
+
+
+def test_what_the_rows_cannot_say_is_none():
+    a, b, labels = pair(40)
+    compared = compare_answers(a, b, np.where(labels == 2, 0, labels), CLASSES)
+    line = {"n": 0, "accuracy_a": None, "accuracy_b": None, "difference": None, "interval_95": None}
+    assert compared["per_class"]["owl"] == line
+    alone = compare_answers(a[:, :2], b[:, :2], np.zeros(40, int), CLASSES[:2])
+    assert alone["figures"]["roc_auc"] == {"a": None, "b": None, "difference": None, "interval_95": None}
+
+
+def test_sets_of_labels_are_asked_class_by_class():
+    rng = np.random.default_rng(0)
+    labels = rng.random((60, 3)) < 0.5
+    a, b = (rng.normal(size=(60, 3)) + skill * (2.0 * labels - 1) for skill in (0, 2))
+    compared = compare_answers(a, b, labels, CLASSES)
+    for c, name in enumerate(CLASSES):
+        line = compared["per_class"][name]
+        assert line["n"] == 60
+        assert line["accuracy_a"] == pytest.approx(((a[:, c] >= 0) == labels[:, c]).mean())
+        low, high = line["interval_95"]
+        assert 0 < low <= line["difference"] <= high
