@@ -208,7 +208,7 @@ def _to_npz(cache: Cache) -> bytes:
 
 def _from_npz(config: CacheImportConfig) -> dict[str, Any]:
     try:
-        with np.load(config.features, allow_pickle=False) as file:
+        with np.load(io.BytesIO(config.features.read_bytes()), allow_pickle=False) as file:
             table: dict[str, Any] = {name: file[name] for name in file.files}
     except (ValueError, zipfile.BadZipFile, EOFError) as err:
         raise InputError(f"{config.features}: not an .npz file of plain arrays ({err})") from err
@@ -224,7 +224,7 @@ def _from_npz(config: CacheImportConfig) -> dict[str, Any]:
 def _from_npy(config: CacheImportConfig) -> dict[str, Any]:
     assert config.table is not None
     try:
-        embeddings = np.load(config.features, allow_pickle=False)
+        embeddings = np.load(io.BytesIO(config.features.read_bytes()), allow_pickle=False)
     except ValueError as err:
         raise InputError(f"{config.features}: not a .npy file of one plain array ({err})") from err
     try:
