@@ -1,13 +1,16 @@
 """`probe predict`: every readable image gets its own prediction, and no other's."""
 
 import csv
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
+from probe import predictions
 from probe.cli import main
 from probe.compare import compare
 from probe.config import CompareConfig, PredictConfig
@@ -57,6 +60,26 @@ def test_both_kinds_of_run_answered_the_same_rows_and_compare(split: str, traine
         for name, line in result["figures"].items():
             assert line[side] == pytest.approx(metrics[name]), name
     assert result["n"] == metrics["n"]
+
+
+def test_saved_answers_are_those_of_the_image_they_name(trained: Path, tmp_path: Path) -> None:
+    """An image that has no row, in the middle of the others, moves nobody's answer to another's name."""
+    images = write_image_folder(tmp_path / "images", {"train": 6, "test": 3})
+    for name in ("train/blue/002.png", "test/green/001.png"):
+        (images / name).write_bytes(b"no picture")
+    out = ["--out", str(tmp_path / "cache")]
+    assert main(["embed", str(images), "--backbone", str(trained / "clip"), *out]) == 0
+    assert main(["fit-linear", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]) == 0
+    saved = predictions.load(tmp_path / "run")
+    saved = saved.take(saved.splits == "test")
+    again = predict(PredictConfig(run=tmp_path / "run", images=images))["predictions"]
+    probabilities = {line["path"]: line["probabilities"] for line in again}
+    assert len(saved.names) == 8
+    for name, key, label, logits in zip(saved.names, saved.keys, saved.labels, saved.logits, strict=True):
+        path = os.fsdecode(name)
+        assert hashlib.sha256((images / path).read_bytes()).digest() == key.tobytes()
+        assert path.split("/")[1] == saved.class_names[label]
+        np.testing.assert_allclose(softmax(logits), probabilities[path], rtol=1e-5)
 
 
 def test_a_prediction_does_not_depend_on_the_batch_it_came_in(trained: Path) -> None:
