@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from probe.figures import SHARES, Figures
+from probe.figures import LOSSES, Figures
 from probe.intervals import bootstrap_interval, resample_counts, wilson_interval
 
 
@@ -39,7 +39,8 @@ def compare_answers(
     compared = {}
     for name in value_a:
         samples = np.concatenate([chunk[name] for chunk in figures])
-        compared[name] = _difference(value_a[name], value_b[name], samples, a.num_rows if name in SHARES else 0)
+        num_answers = 0 if name in LOSSES else a.num_answers(name)
+        compared[name] = _difference(value_a[name], value_b[name], samples, num_answers)
 
     per_class = {}
     num_asked, num_right_a, num_right_b = (np.asarray(which.sum(axis=0)).ravel() for which in (asked, right_a, right_b))
@@ -62,15 +63,15 @@ def _mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, Any]:
     return {"only_a_correct": only_a, "only_b_correct": only_b, "p_value": p_value}
 
 
-def _difference(a: float, b: float, samples: np.ndarray, num_rows: int) -> dict[str, Any]:
-    """One line of the comparison; num_rows: of which a and b are shares, 0 if they are none."""
+def _difference(a: float, b: float, samples: np.ndarray, num_answers: float) -> dict[str, Any]:
+    """One line of the comparison; num_answers: whose share a and b are as sure as, 0 for what is no share."""
     if np.isnan(a) or np.isnan(b):
         known = {name: None if np.isnan(value) else float(value) for name, value in (("a", a), ("b", b))}
         return {**known, "difference": None, "interval_95": None}
     difference = float(b - a)
     interval = bootstrap_interval(samples, difference)
-    if num_rows and not samples[~np.isnan(samples)].any():
-        # They agree on every row, and so on all resampled ones: disagreement can be as frequent as 0 of n allows.
-        _, most = wilson_interval(0, num_rows)
+    if num_answers and not samples[~np.isnan(samples)].any():
+        # They agree on all rows, and so on all resampled ones; elsewhere they may differ as often as 0 of n allows.
+        _, most = wilson_interval(0, num_answers)
         interval = [-most, most]
     return {"a": float(a), "b": float(b), "difference": difference, "interval_95": interval}

@@ -71,6 +71,7 @@ def test_two_that_agree_everywhere_may_still_differ_elsewhere():
     compared = compare_answers(a, 2 * a, labels, CLASSES)
     most = wilson_interval(0, 50)[1]
     assert compared["figures"]["accuracy"]["interval_95"] == [-most, most]
+    assert compared["figures"]["macro_f1"]["interval_95"][1] > most  # the rarest class is rarer than a third
     assert compared["figures"]["nll"]["difference"] != 0
     of_class = compared["per_class"]["cat"]
     most = wilson_interval(0, of_class["n"])[1]
