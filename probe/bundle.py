@@ -6,6 +6,7 @@
     preprocessor_config.json  how a picture becomes the backbone's input
     config.json           the configuration that made the run, and the versions that ran it
     metrics.json          its figures
+    predictions.safetensors    what it answered to each row that may judge it (see `probe.predictions`)
     backbone/             the weights, where they were fine-tuned or asked for; else name, revision and
                           fingerprint in classifier.json say which backbone is meant
 
