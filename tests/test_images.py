@@ -2,10 +2,12 @@
 worker processes that hang, die or are lied to."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +104,28 @@ def test_convnext_warps_from_384_on(processors: dict[str, Any], size: int) -> No
     expected = reference(processors["ConvNext"](size={"shortest_edge": size}), image)
     np.testing.assert_array_equal(ours.apply(image), expected)
     assert (ours.resize == (size, size)) == (size >= 384)
+
+
+def assert_equal_on_photos(processors: dict[str, Any], photos: list[Path]) -> None:
+    assert photos
+    for photo in photos:
+        data = photo.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            for family in processors:
+                ours = Preprocessing.from_config({"image_processor_type": f"{family}ImageProcessor"})
+                theirs = reference(processors[family](), image)
+                np.testing.assert_array_equal(load_image(data, ours), theirs, err_msg=f"{photo} {family}")
+
+
+def test_photos_equal_transformers(processors: dict[str, Any]) -> None:
+    """The two photos that scikit-learn brings."""
+    folder = Path(importlib.util.find_spec("sklearn.datasets").origin or "").parent / "images"  # type: ignore[union-attr]
+    assert_equal_on_photos(processors, sorted(folder.glob("*.jpg")))
+
+
+@pytest.mark.photos
+def test_many_photos_equal_transformers(processors: dict[str, Any], shared: Path) -> None:
+    assert_equal_on_photos(processors, sorted(shared.glob("data/dogs_cats/test/*/*.jpg")))
 
 
 @pytest.mark.parametrize("family", ["CLIP", "Bit", "ConvNext", "DeiT", "ViT"])

@@ -380,6 +380,14 @@ def test_what_a_label_becomes(tmp_path: Path, label: Any, expected: str | None) 
         assert source.examples[0].labels == ((expected,) if expected else ())
 
 
+def test_labels_that_are_not_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, "1.jpg", "2.jpg")
+    path = write_table(tmp_path / "m.csv", [{"path": f"{i}.jpg", "label": "a", "split": "test"} for i in (1, 2)])
+    source = open_source(path, labelled=False)
+    assert summary(source) == {"1.jpg": ("test",), "2.jpg": ("test",)}
+    assert source.class_names == ()
+
+
 def test_absolute_paths_and_names_in_any_encoding(tmp_path: Path) -> None:
     write(tmp_path, b"caf\xe9.jpg", "far/1.jpg")
     far = os.fsencode(tmp_path / "far/1.jpg")
