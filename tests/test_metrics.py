@@ -158,5 +158,5 @@ def test_many_classes_take_seconds():
     labels = rng.integers(0, 400, 4000)
     start = time.perf_counter()
     summary = summarize(rng.normal(size=(4000, 400)) + 3 * np.eye(400)[labels], labels, range(400))
-    assert time.perf_counter() - start < 20  # measured: 1 s; 4 s for 10,000 rows and 1,000 classes
+    assert time.perf_counter() - start < 60  # measured: 1 s; 4 s for 10,000 rows and 1,000 classes
     assert summary["roc_auc_interval_95"][0] < summary["roc_auc"] < summary["roc_auc_interval_95"][1]
