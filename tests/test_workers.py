@@ -231,6 +231,18 @@ def test_a_hang_while_bytes_are_sent() -> None:
     assert [image.failure and image.failure.reason for image in images] == [None, "timeout", None]
 
 
+def test_workers_that_cannot_start(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A fault of the installation is no fault of the images."""
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(RuntimeError, match=r"cannot be started: .*No such file"):
+        load([PNG])
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "path", [str(Path(np.__file__).parent)])  # where there is no package `probe`
+    with pytest.raises(RuntimeError, match="did not start: exit code 1"):
+        load([PNG])
+    assert "Error" in capfd.readouterr().err
+
+
 def test_workers_end_when_the_consumer_stops() -> None:
     images = load_images(((i, PNG) for i in itertools.count()), SMALL, num_workers=2)
     assert next(images).failure is None

@@ -199,7 +199,10 @@ class _Pool:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the pool of decoding workers is closed")
-            worker = self._mine.worker = _Worker()
+            try:
+                worker = self._mine.worker = _Worker()
+            except OSError as err:
+                raise RuntimeError(f"a decoding worker cannot be started: {err}") from err
             self._workers.add(worker)
         deadline = time.monotonic() + _START_SECONDS
         try:
