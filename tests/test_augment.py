@@ -1,6 +1,9 @@
 """Augmentation: what chance decides, what it may depend on, and that targets say what the pixels are."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +118,26 @@ def test_an_accelerators_way_gives_the_same_pictures():
     expected = np.asarray(jax.jit(functools.partial(augment.augment_images, EVERYTHING))(pictures(8), keys(8)))
     # Float error moves a value over a rounding edge here and there.
     assert np.mean(found != expected) < 0.01
+
+
+def test_a_batch_spread_over_devices_gives_the_same_bits():
+    code = """
+import jax, numpy as np
+from probe import augment
+config = augment.AugmentConfig(crop_scale=(0.3, 1.0), flip=0.5, mixup=0.4, cutmix=1.0)
+images = np.random.default_rng(0).integers(0, 256, (16, 12, 10, 3), np.uint8)
+batch = (images, np.arange(16) % 3, np.arange(16) < 13, np.arange(16))
+@jax.jit
+def run(images, labels, mask, examples):
+    keys = augment.example_keys(jax.random.key(0), 1, examples)
+    return augment.augment(config, images, labels, mask, keys, num_classes=3)
+split = jax.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), ("data",)), jax.P("data"))
+expected, found = run(*batch), run(*jax.device_put(batch, split))
+assert len(found[0].devices()) == 8
+jax.tree.map(np.testing.assert_array_equal, found, expected)
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], env=os.environ | flags, check=True)
 
 
 def test_pictures_change_size():
