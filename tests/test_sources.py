@@ -535,6 +535,8 @@ def test_webdataset(tmp_path: Path, name: str) -> None:
     assert [e.group for e in source.examples] == [None, "g", None, None]
     assert read_all(source) == {e.name: SAMPLES[e.name.decode()] for e in source.examples}
     assert source.path(source.examples[0]) is None
+    unlabelled = open_source(tmp_path / name, labelled=False)
+    assert [(e.name, e.labels) for e in unlabelled.examples] == [(e.name, ()) for e in source.examples]
     backwards = list(source.iter_bytes(source.examples[::-1]))
     assert [content for _, content in backwards] == [b"four", b"three", b"two", b"one"]
 

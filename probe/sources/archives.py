@@ -96,7 +96,7 @@ def open_tars(root: Path, paths: Sequence[Path], columns: Columns, *, labelled: 
         status = path.stat()
         listed = list(_list_tar(path, ignored))
         split = split_in_name(os.fsdecode(prefix) or path.name)
-        images = _find_samples(listed, reader, prefix, split, status.st_mtime_ns) if labelled else None
+        images = _find_samples(listed, reader if labelled else None, prefix, split, status.st_mtime_ns)
         if images is None:  # no labels beside the images: the folders in the tar file may say them
             files = [m for m in listed if suffix_of(m.name) in IMAGE_SUFFIXES]
             facts = [(prefix + m.name, m.size, status.st_mtime_ns) for m in files]
@@ -145,7 +145,7 @@ def _list_tar(path: Path, ignored: collections.Counter[str]) -> Iterator[_Member
 
 
 def _find_samples(
-    listed: list[_Member], reader: RowReader, prefix: bytes, split: Split | None, mtime_ns: int
+    listed: list[_Member], reader: RowReader | None, prefix: bytes, split: Split | None, mtime_ns: int
 ) -> list[Example] | None:
     """The samples of a tar file in WebDataset layout: members that share a name up to its first dot.
 
@@ -166,16 +166,19 @@ def _find_samples(
             images[key] = member
     if not images.keys() & labels.keys():
         return None
-    reader.problems += second
     examples = []
+    if reader is not None:
+        reader.problems += second
     for key, member in images.items():
-        where = list_names([prefix + key])
+        name, where = prefix + member.name, list_names([prefix + key])
+        if reader is None:
+            examples.append(Example(name, (), split, None, member.size, mtime_ns))
+            continue
         try:
             record = reader.read(where, _sample_row(labels.get(key, {}), reader))
         except (ValueError, RecursionError) as err:
             reader.problems.append(f"{where}: its .json is not JSON: {err}")
             continue
-        name = prefix + member.name
         examples.append(Example(name, record.labels, record.split or split, record.group, member.size, mtime_ns))
     return examples
 
