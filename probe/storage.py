@@ -82,6 +82,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise _storage_error(path, None, err) from err
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _in_progress.discard(partial)
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:

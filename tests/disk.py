@@ -82,7 +82,7 @@ class Disk:
         self._count("unlink", self._name(path))
 
     def _mkdir(self, path: Any, *arguments: Any, **options: Any) -> None:
-        if not os.path.lexists(path):  # one that is there is no operation
+        if not os.path.lexists(path) and Path(path).parent.is_dir():  # else it changes nothing
             self._count("mkdir", self._name(path))
         self._real["mkdir"](path, *arguments, **options)
 

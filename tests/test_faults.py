@@ -226,6 +226,49 @@ def test_kill_9_of_probe_embed(times: int, tiny_clip: Path, tmp_path: Path) -> N
     print(num_kills, "kills of probe embed,", num_jobs, "jobs")
 
 
+LIMITED = """
+import resource, sys
+from probe.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_full_disk_ends_probe_embed_with_one_line(tiny_clip: Path, tmp_path: Path) -> None:
+    fields = {"images": write_image_folder(tmp_path / "images", {"": 10}), "backbone": str(tiny_clip), "batch_size": 4}
+    arguments = ["embed", *command_line(fields | {"out": tmp_path / "cache"})]
+    done = subprocess.run([sys.executable, "-c", LIMITED, "5000", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == StorageError.exit_code
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("probe: error: ")
+    assert "File too large. Free some space" in lines[0]
+    assert not list(tmp_path.rglob(".partial-*"))
+    assert embed(EmbedConfig(**fields, out=tmp_path / "cache"))["num_embedded"] == 30
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_probe_embed_and_keeps_what_is_sealed(signum: int, tiny_clip: Path, tmp_path: Path) -> None:
+    fields = {"images": write_image_folder(tmp_path / "images", {"": 300}), "backbone": str(tiny_clip)}
+    fields |= {"out": tmp_path / "cache", "batch_size": 4, "shard_rows": 4, "num_workers": 1}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "probe.cli", "embed", *command_line(fields)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("cache/shards/*/*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    started = time.monotonic()
+    process.send_signal(signum)
+    _, err = process.communicate()
+    assert time.monotonic() - started < 5
+    assert process.returncode == 128 + signum
+    assert err.count("\n") == 1
+    assert "shards are sealed; run it again to go on" in err
+    sealed = len(list(tmp_path.glob("cache/shards/*/*.h5")))
+    assert sealed > 0
+    assert embed(EmbedConfig(**fields))["num_computed"] == 900 - 4 * sealed
+
+
 def wait_for_progress(process: subprocess.Popen, root: Path) -> bool:
     """Waits until the process has begun to write: most of its life it only starts. False if it ended."""
     before = len(list(root.rglob("*")))
