@@ -182,16 +182,31 @@ class FitLinearConfig:
     """Run folder to write."""
     overwrite: Flag = False
     """Replace what stands under --out."""
-    head: Literal["linear", "mlp"] = "linear"
-    """linear: the optimum of the L2-regularised cross-entropy; mlp: several Dense layers, trained with Adam."""
+    head: Literal["linear", "mlp", "knn"] = "linear"
+    """linear: the optimum of the L2-regularised cross-entropy; mlp: several Dense layers, trained with Adam; knn: a
+    vote of the nearest training rows."""
     hidden: tuple[int, ...] = (1000, 256)
     """Widths of the MLP's hidden layers."""
-    solver: Literal["lbfgs", "sklearn"] = "lbfgs"
-    """Who solves the linear head: ours in JAX, or scikit-learn's LogisticRegression on the same objective."""
-    scaling: Literal["standard", "none"] = "standard"
-    """Scale features by the mean and deviation of the training rows (folded into the saved weights), or not."""
+    solver: Literal["lbfgs", "sklearn", "ridge"] = "lbfgs"
+    """Who solves the linear head: ours in JAX, scikit-learn's LogisticRegression on the same objective (λ is chosen by
+    ours all the same), or least squares in closed form."""
+    views: tuple[Literal["pooler", "projected"], ...] = ("pooler",)
+    """Which embeddings to fit; of several the best on validation."""
+    scalings: tuple[Literal["standard", "l2", "none"], ...] = ("standard",)
+    """standard: by the mean and deviation of the training rows; l2: rows of norm 1; none. All are folded into the
+    saved head; of several the best on validation."""
+    penalties: tuple[float, ...] = ()
+    """Values of λ to choose from (default: 17 over 8 decades about the features' mean variance)."""
+    criterion: Literal["accuracy", "nll"] = "accuracy"
+    """What chooses (several labels a row: always nll)."""
+    one_standard_error: Flag = False
+    """Take the largest λ whose score is within a standard error of the best one's."""
+    class_weights: tuple[str, ...] = ()
+    """How much rows of a class count: balanced, or NAME=WEIGHT of one class and more."""
+    folds: int = 5
+    """Parts of train, stratified, groups whole, each judged by a head that the others gave."""
     val_fraction: float = 0.2
-    """Share of train held out, stratified, to choose λ or the epoch where there is no validation split."""
+    """Share of train held out, stratified, to choose the MLP's epoch where there is no validation split."""
     epochs: int = 20
     """Passes over the training rows (MLP)."""
     batch_size: int = 64
@@ -201,7 +216,7 @@ class FitLinearConfig:
     seed: int = 0
     """Seed of the validation split, the initial weights and the order of the rows."""
     no_refit: Flag = False
-    """Keep the head that train alone gave; else λ is chosen on validation and train + validation are fitted."""
+    """Keep the head that train alone gave; else train + a given validation split are fitted once λ is chosen."""
     bundle_backbone: Flag = False
     """Copy the backbone into the run folder, so that `probe predict` needs nothing else."""
     json: Flag = False
@@ -211,6 +226,26 @@ class FitLinearConfig:
         _require(all(width >= 1 for width in self.hidden), "hidden", "widths of at least 1", self.hidden)
         if self.head == "mlp":
             _require(len(self.hidden) > 0, "hidden", "one width or more with --head mlp", self.hidden)
+        _require(len(self.views) > 0, "views", "one view or more", self.views)
+        _require(len(self.scalings) > 0, "scalings", "one scaling or more", self.scalings)
+        searched = self.head == "linear" and self.solver != "ridge"
+        if not searched:
+            for option in ("views", "scalings"):
+                _require(
+                    len(getattr(self, option)) == 1, option, "a single one except with lbfgs", getattr(self, option)
+                )
+            _require(not self.class_weights, "class-weights", "left out except with lbfgs", self.class_weights)
+        _require(
+            all(0 <= p < math.inf for p in self.penalties), "penalties", "zero or more, and finite", self.penalties
+        )
+        if self.solver != "lbfgs":
+            _require(all(self.penalties), "penalties", "above 0 except with lbfgs", self.penalties)
+        if self.class_weights != ("balanced",):
+            for item in self.class_weights:
+                weight = item.rpartition("=")[2] if "=" in item else ""
+                valid = weight.replace(".", "", 1).isdigit() and float(weight) > 0
+                _require(valid, "class-weights", "balanced, or NAME=WEIGHT with a weight above 0", item)
+        _require(self.folds >= 2, "folds", "at least 2", self.folds)
         _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)
         _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
         _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)

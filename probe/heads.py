@@ -6,6 +6,7 @@ for the MLP.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Params = dict[str, Any]
+
+_QUERIES = 1024  # rows looked up at a time: beside a million rows their cosines take 4 GB
 
 
 def num_logits(num_classes: int, *, multi_label: bool = False) -> int:
@@ -79,7 +82,9 @@ class Classifier(nn.Module):
 class TrainedHead:
     """A head with its parameters, acting on raw embeddings.
 
-    hidden: widths of the hidden layers, () for a linear head; params: nested dict of float32 NumPy arrays.
+    hidden: widths of the hidden layers, () for a linear head; params: nested dict of float32 NumPy arrays. A leaf
+    "unit_norm" beside the layers says that embeddings are divided by their norm first; a leaf "bank" makes it a
+    k-NN head, whose other leaves are the arguments of `neighbour_logits`.
     """
 
     hidden: tuple[int, ...]
@@ -87,12 +92,76 @@ class TrainedHead:
 
     def apply(self, embeddings: Any) -> jax.Array:
         """[B, D] raw embeddings -> [B, num_logits] float32, in full float32 precision on every device."""
-        num_outputs = len((self.params["out"] if self.hidden else self.params)["bias"])
+        embeddings, params = jnp.asarray(embeddings, jnp.float32), dict(self.params)
+        if "bank" in params or params.pop("unit_norm", None) is not None:
+            norms = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+            embeddings = embeddings / jnp.where(norms > 0, norms, 1)
+        if "bank" in params:
+            num_classes, num_neighbours = int(params["num_classes"]), int(params["num_neighbours"])
+            bank, labels = params["bank"], params["bank_labels"].astype(np.int32)
+            temperature = float(params["temperature"])
+            return neighbour_logits(embeddings, bank, labels, num_classes, num_neighbours, temperature)
+        num_outputs = len((params["out"] if self.hidden else params)["bias"])
         with jax.default_matmul_precision("highest"):
-            logits = make_head(num_outputs, self.hidden).apply(
-                {"params": self.params}, jnp.asarray(embeddings, jnp.float32)
-            )
+            logits = make_head(num_outputs, self.hidden).apply({"params": params}, embeddings)
         return jnp.asarray(logits)
+
+
+def neighbour_logits(
+    queries: Any,
+    bank: Any,
+    labels: Any,
+    num_classes: int,
+    num_neighbours: int,
+    temperature: float,
+    *,
+    without_self: bool = False,
+) -> jax.Array:
+    """Log of the share of votes that each class has among the nearest rows; a vote weighs exp(cosine / temperature).
+
+    One vote is spread evenly over all classes, so that no class is ruled out.
+
+    Args:
+      queries: [B, D] of norm 1; bank: [N, D] of norm 1; labels: [N] integers below num_classes.
+      without_self: row i of the queries is row i of the bank, and has no vote on itself.
+    Returns: [B, num_logits].
+    """
+    queries, bank, labels = jnp.asarray(queries), jnp.asarray(bank), jnp.asarray(labels)
+    parts = [
+        _neighbour_votes(
+            queries[i : i + _QUERIES],
+            bank,
+            labels,
+            num_classes,
+            num_neighbours,
+            temperature,
+            i if without_self else None,
+        )
+        for i in range(0, len(queries), _QUERIES)
+    ]
+    shares = (num_neighbours * jnp.concatenate(parts) + 1 / num_classes) / (num_neighbours + 1)
+    logits = jnp.log(shares)
+    return logits[:, 1:] - logits[:, :1] if num_classes == 2 else logits
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "num_neighbours"))
+def _neighbour_votes(
+    queries: jax.Array,
+    bank: jax.Array,
+    labels: jax.Array,
+    num_classes: int,
+    num_neighbours: int,
+    temperature: float,
+    first: int | None,
+) -> jax.Array:
+    """[B, C] shares of the votes; query b is row first + b of the bank."""
+    cosines = jnp.matmul(queries, bank.T, precision="highest")
+    if first is not None:
+        own = jnp.arange(bank.shape[0]) == first + jnp.arange(queries.shape[0])[:, None]
+        cosines = jnp.where(own, -jnp.inf, cosines)
+    nearest, rows = jax.lax.top_k(cosines, num_neighbours)
+    weights = jax.nn.softmax(nearest / temperature, axis=-1)
+    return jnp.einsum("bk,bkc->bc", weights, jax.nn.one_hot(labels[rows], num_classes))
 
 
 def fold_scaling(params: Params, mean: np.ndarray, scale: np.ndarray) -> Params:

@@ -1,52 +1,35 @@
 """`probe fit-linear`: trains a head on cached embeddings, and says how good it is on rows that it never saw.
 
-Who chose what on which rows: train fits, validation chooses λ (or the MLP's epoch), test is opened once at
-the end. The linear head is then fitted again on train and validation together, so nothing is left to judge
-that head but the test split; what stands under "val" is the figure of heads that train alone gave, each half
-of the validation rows answered by the head that the other half chose.
+Who chose what on which rows: train fits, validation (or folds of train) chooses, test is opened once at the end.
+A linear head is then fitted again on all that may be used, so that nothing but the test split is left to judge it;
+what stands under "val" is the figure of other heads, on rows that neither fitted nor chose them.
 """
 
-import dataclasses
-import functools
 import os
-import warnings
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from probe import bundle, predictions
-from probe.choice import best_candidate, cross_fitted
+from probe.backbones import load_backbone
+from probe.cache import Cache
 from probe.config import FitLinearConfig, to_json
-from probe.errors import InputError
-from probe.heads import Params, TrainedHead, class_logits, fold_scaling, make_head, num_logits
+from probe.convex import fit_convex
+from probe.errors import ConfigError, InputError
+from probe.heads import class_logits
+from probe.knn import fit_knn
 from probe.metrics import summarize
-from probe.solver import Solution, solve_path, solve_with_sklearn
-from probe.splits import Splits, resolve_splits
-from probe.steps import padded_batches, shuffled
-from probe.train import fit
+from probe.mlp import fit_mlp
+from probe.protocol import Data, Fitted
+from probe.reference import default_decisions
+from probe.ridge import fit_ridge
+from probe.scaling import Scaling
+from probe.splits import assign_folds, resolve_splits
 
-PENALTIES = tuple(float(penalty) for penalty in np.logspace(2, -6, 17))  # λ, for standardised features
-_CONSTANT = 1e-6  # a deviation below this share of the mean is float32's rounding, not a feature
 _NAMED = 5  # how many of many rows a message names
-
-
-@dataclasses.dataclass(frozen=True)
-class FittedHead:
-    """A trained head and how it came about.
-
-    head: acts on raw embeddings. val_logits: [N, C] of the validation rows that may be judged, or None where
-    there are too few to choose and to judge. facts: what metrics.json says of the choice, as JSON values.
-    """
-
-    head: TrainedHead
-    val_logits: np.ndarray | None
-    facts: dict[str, Any]
 
 
 def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
@@ -55,43 +38,35 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     Returns: what metrics.json holds.
     Raises: InputError for labels or embeddings that cannot be learned from, and what reading a cache raises.
     """
-    from probe.backbones import load_backbone
-    from probe.cache import Cache
-
     cache = Cache.open(config.cache)
     table = cache.table
-    embeddings = cache.embeddings()
-    check_finite(embeddings, table.names)
-    splits = resolve_splits(
-        table.labels,
-        table.splits,
-        table.groups,
-        class_names=cache.class_names,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-    )
-    fitted, metrics = fit_arrays(config, embeddings, table.labels, splits, cache.class_names)
-    answers = predictions.collect(
-        _answers(fitted, embeddings, splits),
-        class_names=cache.class_names,
-        names=table.names,
-        keys=table.keys,
-        labels=table.labels,
-    )
+    embeddings: dict[str, np.ndarray] = {view: cache.embeddings(view) for view in config.views}
+    for values in embeddings.values():
+        check_finite(values, table.names)
+    data, notes = make_data(config, embeddings, table.labels, table.splits, table.groups, cache.class_names)
+    fitted, metrics = fit_data(config, data, notes)
     provenance = cache.provenance
     reference = bundle.BackboneReference(
         name=provenance["backbone"],
         revision=provenance["backbone_revision"],
         fingerprint=provenance["backbone_fingerprint"],
     )
+    answers = predictions.collect(
+        _answers(data, fitted),
+        class_names=cache.class_names,
+        names=table.names,
+        keys=table.keys,
+        labels=table.labels,
+    )
     bundle.save(
         config.out,
         head=fitted.head,
         class_names=cache.class_names,
-        view="pooler",
+        view=fitted.view,
         backbone=reference,
         preprocessor_config=provenance["preprocessor_config"],
-        backbone_copy=(load_backbone(reference.name, revision=reference.revision) if config.bundle_backbone else None),
+        backbone_copy=load_backbone(reference.name, revision=reference.revision) if config.bundle_backbone else None,
+        multi_label=data.multi_label,
         config=to_json(config),
         metrics=metrics,
         files={predictions.FILE_NAME: predictions.to_bytes(answers)},
@@ -100,34 +75,88 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     return metrics
 
 
-def fit_arrays(
+def make_data(
     config: FitLinearConfig,
-    embeddings: np.ndarray,
+    embeddings: Mapping[str, np.ndarray],
     labels: np.ndarray,
-    splits: Splits,
+    splits: np.ndarray,
+    groups: np.ndarray | None,
     class_names: Sequence[str],
-) -> tuple[FittedHead, dict[str, Any]]:
-    """Chooses, fits and judges a head: all of `fit_linear` but the files.
+) -> tuple[Data, list[str]]:
+    """Decides which rows fit, choose, and test, and in which fold each training row is; and what is to be noted.
 
     Args:
-      embeddings: [N, D] float32, finite; labels: [N] integers, -1 where there is none.
+      embeddings: view name to [N, D] float32, finite; labels: [N] integers, -1 for none, or [N, C] bool.
+      splits, groups: [N] of text, as `splits.resolve_splits` takes them.
+    Raises: InputError where nothing can be learned or nothing can be left out.
+    """
+    if labels.ndim == 2 and not (config.head == "linear" and config.solver != "ridge" and not config.class_weights):
+        raise ConfigError(
+            "rows with several labels need --head linear with --solver lbfgs or sklearn, and no --class-weights"
+        )
+    resolved = resolve_splits(
+        labels,
+        splits,
+        groups,
+        class_names=class_names,
+        val_fraction=config.val_fraction if config.head == "mlp" else 0,
+        seed=config.seed,
+    )
+    folds = np.full(len(labels), -1, np.int32)
+    notes: list[str] = []
+    if config.head != "mlp":
+        train = resolved.train
+        of_train = None if groups is None else groups[train]
+        folds[train], few = assign_folds(labels[train], of_train, config.folds, seed=config.seed)
+        if (folds[train] == -1).all() and not resolved.val_is_given:
+            raise InputError(
+                f"none of the {len(train)} training rows can be left out to choose on: each class has one row or one "
+                "group alone. Add examples, or a val split."
+            )
+        if len(few):
+            named = ", ".join(repr(class_names[label]) for label in few[:_NAMED])
+            rest = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
+            notes.append(
+                f"classes with fewer rows than the {config.folds} folds: {named}{rest}; rows that alone stand for "
+                "their class are never left out"
+            )
+    return Data(embeddings, labels, resolved, folds, tuple(class_names)), notes
+
+
+def fit_data(config: FitLinearConfig, data: Data, notes: Sequence[str] = ()) -> tuple[Fitted, dict[str, Any]]:
+    """Chooses, fits and judges a head: all of `fit_linear` but the files.
+
     Returns: the head, and what metrics.json holds.
     """
-    fit_head = _fit_mlp if config.head == "mlp" else _fit_convex
-    fitted = fit_head(config, embeddings, labels, splits, class_names)
-    train_logits = np.asarray(class_logits(fitted.head.apply(embeddings[splits.train])))
-    figures = {"train": summarize(train_logits, labels[splits.train], class_names, full=False)}
-    for name, (rows, logits) in _answers(fitted, embeddings, splits).items():
-        figures[name] = summarize(logits, labels[rows], class_names)
-    if "val" in figures:
-        figures["val"]["of"] = "heads that train alone gave, each half of the rows judged by what the other chose"
+    if config.head == "linear":
+        fitted = fit_ridge(config, data) if config.solver == "ridge" else fit_convex(config, data)
+    else:
+        fitted = fit_mlp(config, data) if config.head == "mlp" else fit_knn(config, data)
+    figures = {}
+    for name, rows in (("train", data.splits.train), ("test", data.splits.test)):
+        if len(rows):
+            logits = apply_head(fitted, data, rows)
+            figures[name] = summarize(logits, data.labels[rows], data.class_names, full=name != "train")
+    if fitted.val_logits is not None:
+        figures["val"] = summarize(fitted.val_logits, data.labels[fitted.val_rows], data.class_names)
+        figures["val"]["of"] = fitted.val_of
+    warnings = [*notes, *fitted.warnings]
+    for warning in warnings:
+        print(f"probe: warning: {warning}", file=sys.stderr)
     return fitted, {
         "splits": figures,
         "head": config.head,
-        "val_is_given": splits.val_is_given,
+        "val_is_given": data.splits.val_is_given,
         **fitted.facts,
-        "baseline": _baseline(embeddings, labels, splits, class_names),
+        **({} if data.multi_label else {"baseline": _baseline(data, fitted.view)}),
+        "warnings": warnings,
     }
+
+
+def apply_head(fitted: Fitted, data: Data, rows: np.ndarray) -> np.ndarray:
+    """[n, C] logits of the head as it is saved."""
+    logits = fitted.head.apply(data.embeddings[fitted.view][rows])
+    return np.asarray(logits if data.multi_label else class_logits(logits))
 
 
 def describe(metrics: dict[str, Any]) -> str:
@@ -140,22 +169,30 @@ def describe(metrics: dict[str, Any]) -> str:
                 f"{name:5}  accuracy {figures['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})"
                 f"  nll {figures['nll']:.4f}  n {figures['n']:,}"
             )
-    baseline = metrics["baseline"]
-    lines.append(
-        f"{baseline['split']:5}  accuracy {baseline['accuracy']:.4f}, nll {baseline['nll']:.4f}"
-        f" by scikit-learn's LogisticRegression(C=1)"
-    )
+    if baseline := metrics.get("baseline"):
+        lines.append(
+            f"{baseline['split']:5}  accuracy {baseline['accuracy']:.4f}, nll {baseline['nll']:.4f}"
+            " by scikit-learn's LogisticRegression(C=1)"
+        )
     if "solution" in metrics:
         solution = metrics["solution"]
         state = "converged" if solution["converged"] else "NOT CONVERGED"
         lines.append(
-            f"λ {metrics['penalty']:.3g} (C {metrics['C']:.3g}), objective {solution['objective']:.8f}, "
+            f"λ {metrics['penalty']:.3g}{_c(metrics)}, objective {solution['objective']:.8f}, "
             f"gradient norm {solution['gradient_norm']:.2e} from {solution['initial_gradient_norm']:.2e}, "
             f"{state} after {solution['num_iterations']} iterations"
         )
-    else:
+    elif "epoch" in metrics:
         lines.append(f"epoch {metrics['epoch']} of {metrics['num_epochs']} kept")
-    return "\n".join(lines)
+    elif "num_neighbours" in metrics:
+        lines.append(f"{metrics['num_neighbours']} neighbours")
+    else:
+        lines.append(f"λ {metrics['penalty']:.3g}, least squares in closed form")
+    return "\n".join(lines + [f"warning: {warning}" for warning in metrics["warnings"]])
+
+
+def _c(metrics: dict[str, Any]) -> str:
+    return "" if metrics["C"] is None else f" (C {metrics['C']:.3g})"
 
 
 def check_finite(embeddings: np.ndarray, names: Sequence[bytes]) -> None:
@@ -170,154 +207,39 @@ def check_finite(embeddings: np.ndarray, names: Sequence[bytes]) -> None:
         )
 
 
-def feature_scaling(embeddings: np.ndarray, scaling: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and scale, each [D] float64, by which features are standardised; scale 0 marks a constant feature.
-
-    Args:
-      embeddings: [N, D], the training rows alone.
-      scaling: "standard", or "none" for mean 0 and scale 1.
-    """
-    if scaling == "none":
-        return np.zeros(embeddings.shape[1]), np.ones(embeddings.shape[1])
-    mean = embeddings.mean(axis=0, dtype=np.float64)
-    deviation = embeddings.std(axis=0, dtype=np.float64)
-    return mean, np.where(deviation > _CONSTANT * np.abs(mean), deviation, 0)
-
-
-def apply_scaling(embeddings: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """[N, D] float32 embeddings, scaled in float64 and rounded once; constant features become 0."""
-    centred = embeddings - mean
-    scaled = np.divide(centred, scale, out=np.zeros_like(centred), where=scale > 0)
-    return np.asarray(scaled, np.float32)
-
-
-def _answers(fitted: FittedHead, embeddings: np.ndarray, splits: Splits) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Split to (its rows, their logits [n, C]): what may be judged, since no row chose or trained what answers it."""
+def _answers(data: Data, fitted: Fitted) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Split to rows and what heads say of them that were not fitted on them: train out of fold, given validation
+    rows, and test."""
     answers = {}
-    if fitted.val_logits is not None:
-        answers["val"] = (splits.val, fitted.val_logits)
-    if len(splits.test):
-        answers["test"] = (splits.test, np.asarray(class_logits(fitted.head.apply(embeddings[splits.test]))))
+    if fitted.out_of_fold is not None:
+        judged = ~np.isnan(fitted.out_of_fold).any(axis=1)
+        answers["train"] = data.splits.train[judged], fitted.out_of_fold[judged]
+    if fitted.val_logits is not None and np.isin(fitted.val_rows, data.splits.val).all():
+        answers["val"] = fitted.val_rows, fitted.val_logits
+    if len(data.splits.test):
+        answers["test"] = data.splits.test, apply_head(fitted, data, data.splits.test)
     return answers
 
 
-def _fit_convex(
-    config: FitLinearConfig,
-    embeddings: np.ndarray,
-    labels: np.ndarray,
-    splits: Splits,
-    class_names: Sequence[str],
-) -> FittedHead:
-    """λ chosen on validation along the path; then one fit of train and validation together."""
-    solutions, heads = _solve(config, embeddings[splits.train], labels[splits.train], len(class_names), PENALTIES)
-    val_embeddings, val_labels = embeddings[splits.val], labels[splits.val]
-    val_logits = np.stack([class_logits(head.apply(val_embeddings)) for head in heads])
-    best = best_candidate(val_logits, val_labels)  # of equals the first, which is the most penalised
-    solution, head, fitted_on = solutions[best], heads[best], splits.train
-    if not config.no_refit:
-        fitted_on = np.sort(np.concatenate([splits.train, splits.val]))
-        # C is held, not λ: with more rows the penalty weighs less beside them.
-        penalty = PENALTIES[best] * len(splits.train) / len(fitted_on)
-        (solution,), (head,) = _solve(config, embeddings[fitted_on], labels[fitted_on], len(class_names), (penalty,))
-    curve = [
-        {"penalty": penalty, **_pick(summarize(logits, val_labels, class_names, full=False), "accuracy", "nll")}
-        for penalty, logits in zip(PENALTIES, val_logits, strict=True)
-    ]
-    return FittedHead(
-        head=head,
-        val_logits=cross_fitted(val_logits, val_labels),
-        facts={
-            "fitted_on": "train" if config.no_refit else "train + val",
-            "penalty": solution.penalty,
-            "C": 1 / (solution.penalty * len(fitted_on)),
-            "solver": config.solver,
-            "solution": solution.certificate(),
-            "curve": curve,
-        },
-    )
-
-
-def _solve(
-    config: FitLinearConfig,
-    embeddings: np.ndarray,
-    labels: np.ndarray,
-    num_classes: int,
-    penalties: Sequence[float],
-) -> tuple[list[Solution], list[TrainedHead]]:
-    """The optimum for each λ, and the same as heads on raw embeddings."""
-    mean, scale = feature_scaling(embeddings, config.scaling)
-    features = apply_scaling(embeddings, mean, scale)
-    if config.solver == "sklearn":
-        solutions = [solve_with_sklearn(features, labels, num_classes, penalty) for penalty in penalties]
-    else:
-        solutions = solve_path(features, labels, num_classes, penalties)
-    return solutions, [TrainedHead((), fold_scaling(solution.params, mean, scale)) for solution in solutions]
-
-
-def _fit_mlp(
-    config: FitLinearConfig,
-    embeddings: np.ndarray,
-    labels: np.ndarray,
-    splits: Splits,
-    class_names: Sequence[str],
-) -> FittedHead:
-    """Adam on shuffled batches of train, the epoch chosen on validation. There is no second fit: the number
-    of epochs that suits train would not be the one that suits more rows."""
-    mean, scale = feature_scaling(embeddings[splits.train], config.scaling)
-    features, train_labels = apply_scaling(embeddings[splits.train], mean, scale), labels[splits.train]
-    val_features, val_labels = apply_scaling(embeddings[splits.val], mean, scale), labels[splits.val]
-    module = make_head(num_logits(len(class_names)), config.hidden)
-    params = module.init(jax.random.key(config.seed), jnp.zeros((1, embeddings.shape[1])))["params"]
-
-    def apply_fn(params: Params, model_state: Any, inputs: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
-        return jnp.asarray(module.apply({"params": params["head"]}, inputs)), model_state
-
-    def train_batches(epoch: int) -> Any:
-        order = shuffled(len(train_labels), seed=config.seed, epoch=epoch)
-        return padded_batches(features, train_labels, config.batch_size, order)
-
-    result = fit(
-        apply_fn,
-        optax.adam(config.learning_rate),
-        {"head": params},
-        train_batches=train_batches,
-        val_batches=functools.partial(padded_batches, val_features, val_labels, config.batch_size),
-        num_epochs=config.epochs,
-        seed=config.seed,
-    )
-    return FittedHead(
-        head=TrainedHead(config.hidden, fold_scaling(result.params["head"], mean, scale)),
-        val_logits=cross_fitted(result.val_logits, result.val_labels),
-        facts={
-            "fitted_on": "train",
-            "hidden": list(config.hidden),
-            "epoch": result.best + 1,
-            "num_epochs": config.epochs,
-            "history": [dataclasses.asdict(epoch) for epoch in result.history],
-        },
-    )
-
-
-def _baseline(embeddings: np.ndarray, labels: np.ndarray, splits: Splits, class_names: Sequence[str]) -> dict[str, Any]:
+def _baseline(data: Data, view: str) -> dict[str, Any]:
     """What scikit-learn gives as it comes: standardised features, C = 1, nothing chosen.
 
-    Fitted on train and validation and judged on test; without a test split, fitted on train and judged on
-    validation.
+    Fitted on train and validation and judged on test; without a test split, fitted on train and judged on a given
+    validation split; with neither, fitted on all folds but the first and judged on that.
     """
-    name, rows = ("test", splits.test) if len(splits.test) else ("val", splits.val)
-    fitted_on = np.concatenate([splits.train, splits.val]) if len(splits.test) else splits.train
-    mean, scale = feature_scaling(embeddings[fitted_on], "standard")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a baseline as people get it; n_iter is reported
-        model = LogisticRegression(max_iter=1000).fit(
-            apply_scaling(embeddings[fitted_on], mean, scale), labels[fitted_on]
-        )
-    decisions = model.decision_function(apply_scaling(embeddings[rows], mean, scale))
-    logits = np.asarray(class_logits(jnp.asarray(decisions.reshape(len(rows), -1))))
-    summary = summarize(logits, labels[rows], class_names, full=False)
-    figures = _pick(summary, "accuracy", "accuracy_interval_95", "nll")
-    return {"program": "scikit-learn LogisticRegression", "C": 1.0, "split": name, **figures}
-
-
-def _pick(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: values[name] for name in names}
+    splits = data.splits
+    fitted_on, judged, name = np.concatenate([splits.train, splits.val]), splits.test, "test"
+    if not len(judged):
+        fitted_on, judged, name = splits.train, splits.val, "val"
+    if not len(judged):
+        first = data.folds[splits.train] == 0
+        fitted_on, judged = splits.train[~first], splits.train[first]
+    embeddings = data.embeddings[view]
+    scaling = Scaling.of(embeddings[fitted_on], "standard")
+    decisions = default_decisions(
+        scaling.apply(embeddings[fitted_on]), data.labels[fitted_on], scaling.apply(embeddings[judged])
+    )
+    logits = np.asarray(class_logits(jnp.asarray(decisions)))
+    figures = summarize(logits, data.labels[judged], data.class_names, full=False)
+    kept = {key: figures[key] for key in ("n", "accuracy", "accuracy_interval_95", "nll")}
+    return {"program": "scikit-learn LogisticRegression", "C": 1.0, "split": name, **kept}

@@ -1,6 +1,7 @@
 """Which rows train, which choose, and which are opened once at the end."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,21 +36,21 @@ def resolve_splits(
     """Decides which rows train, choose and test.
 
     Args:
-      labels: [N] integers, -1 for rows without a label, which are left out.
+      labels: [N] integers, -1 for rows without a label, which are left out; or [N, C] bool, several labels a row.
       splits: [N] of "train", "val", "test", or "" for none said, which counts as train.
       groups: [N] of text; rows of one group stay together when validation rows are held out; "" is no group.
       class_names: of the C classes.
-      val_fraction: share of train, class by class, that is held out where no row says "val".
+      val_fraction: share of train, class by class, that is held out where no row says "val"; 0 holds out nothing.
       seed: of the rows held out.
     Raises: InputError if train lacks a class or has fewer than two, or if no row can be held out.
     """
-    labelled = labels >= 0
+    labelled = labels >= 0 if labels.ndim == 1 else np.ones(len(labels), bool)
     (test,) = np.nonzero(labelled & (splits == "test"))
     (val,) = np.nonzero(labelled & (splits == "val"))
     (train,) = np.nonzero(labelled & (splits != "test") & (splits != "val"))
     check_classes(labels, {"train": train, "val": val, "test": test}, class_names)
-    if len(val):
-        return Splits(train, val, test, val_is_given=True)
+    if len(val) or not val_fraction:
+        return Splits(train, val, test, val_is_given=len(val) > 0)
     held = _hold_out(labels[train], None if groups is None else groups[train], val_fraction, seed)
     if not held.any():
         raise InputError(
@@ -59,13 +60,68 @@ def resolve_splits(
     return Splits(train[~held], train[held], test, val_is_given=False)
 
 
+def assign_folds(
+    labels: np.ndarray, groups: np.ndarray | None, num_folds: int, *, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Deals rows to folds, class by class, rows of one group together.
+
+    A row that is left out must leave its class behind: rows of a class (or without a label) that only one fold has
+    stay in train whatever is left out.
+
+    Args:
+      labels: [N] integers, or [N, C] bool; groups: [N] of text, "" for none, or None.
+    Returns: folds [N] int32 in 0..num_folds - 1, or -1 for a row that stays in train; and the classes, ascending,
+      that have fewer rows than there are folds.
+    """
+    num_rows = len(labels)
+    rng = np.random.default_rng(seed)
+    folds = np.empty(num_rows, np.int32)
+    grouped = groups is not None and bool((groups != "").any())
+    if grouped:
+        assert groups is not None
+        numbers = _group_numbers(groups)
+        strata = labels if labels.ndim == 1 else labels.sum(axis=1)
+        splitter = StratifiedGroupKFold(min(num_folds, len(set(numbers.tolist()))), shuffle=True, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of classes with few rows: ours to say
+            for fold, (_, rows) in enumerate(splitter.split(strata, strata, numbers)):
+                folds[rows] = fold
+    else:
+        numbers = np.arange(num_rows)
+        strata = labels if labels.ndim == 1 else np.zeros(num_rows, int)
+        order = rng.permutation(num_rows)
+        order = order[np.argsort(strata[order], kind="stable")]  # dealt on from class to class: folds of equal size
+        folds[order] = np.arange(num_rows) % num_folds
+    members = labels.T if labels.ndim == 2 else [labels == label for label in np.unique(labels)]
+    for member in members:
+        for side in (member, ~member):
+            if side.any() and len(set(folds[side]) - {-1}) == 1 and not (folds[side] == -1).any():
+                folds[np.isin(numbers, numbers[side])] = -1
+    few = [c for c, member in enumerate(members) if 0 < member.sum() < num_folds]
+    return folds, np.unique(labels)[few] if labels.ndim == 1 else np.array(few, int)
+
+
+def _group_numbers(groups: np.ndarray) -> np.ndarray:
+    """[N] integers; a row of no group is a group of its own."""
+    names, numbers = np.unique(groups, return_inverse=True)
+    alone = groups == ""
+    numbers[alone] = len(names) + np.arange(alone.sum())
+    return numbers
+
+
 def check_classes(labels: np.ndarray, rows: dict[str, np.ndarray], class_names: Sequence[str]) -> None:
     """Refuses splits that cannot be learned from or judged.
 
     Raises: InputError if train has fewer than two classes, or lacks one that is named or that another split
     has.
     """
-    present = {split: {class_names[label] for label in np.unique(labels[rows[split]])} for split in rows}
+
+    def classes_in(split: str) -> list[int]:
+        of_split = labels[rows[split]]
+        present: list[int] = (np.unique(of_split) if labels.ndim == 1 else np.nonzero(of_split.any(axis=0))[0]).tolist()
+        return present
+
+    present = {split: {class_names[label] for label in classes_in(split)} for split in rows}
     if len(present["train"]) < 2:
         raise InputError(
             f"the training rows have {len(present['train'])} class ({_quote(present['train']) or 'none'}); a "
@@ -73,9 +129,7 @@ def check_classes(labels: np.ndarray, rows: dict[str, np.ndarray], class_names: 
         )
     missing = set(class_names) - present["train"]
     if missing:
-        found = [
-            f"{split} has {_quote(names & missing)}" for split, names in present.items() if names & missing
-        ]
+        found = [f"{split} has {_quote(names & missing)}" for split, names in present.items() if names & missing]
         raise InputError(
             f"classes that train lacks: {_quote(missing)} ({'; '.join(found) or 'no row has them'}); "
             f"train has {_quote(present['train'])}. Add training examples of them, or take them out."
@@ -91,9 +145,7 @@ def _hold_out(labels: np.ndarray, groups: np.ndarray | None, fraction: float, se
     rng = np.random.default_rng(seed)
     held = np.zeros(len(labels), bool)
     if groups is not None and (groups != "").any():
-        names, group_of_row = np.unique(groups, return_inverse=True)
-        alone = groups == ""
-        group_of_row[alone] = len(names) + np.arange(alone.sum())  # no group said: a group of its own
+        group_of_row = _group_numbers(groups)
         folds = StratifiedGroupKFold(max(2, round(1 / fraction)), shuffle=True, random_state=seed)
         for _, rows in folds.split(labels, labels, group_of_row):
             held[rows] = True

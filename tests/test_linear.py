@@ -1,143 +1,271 @@
-"""fit-linear: test rows choose nothing, figures come from rows that chose nothing."""
+"""fit-linear: test rows choose nothing, figures come from rows that chose nothing, and traps of other programs."""
 
 import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from probe.config import FitLinearConfig
-from probe.errors import ConfigError, InputError
-from probe.linear import PENALTIES, apply_scaling, check_finite, describe, feature_scaling, fit_arrays
-from probe.splits import resolve_splits
+from probe.errors import ConfigError, InputError, NumericalError
+from probe.linear import apply_head, check_finite, describe, fit_data, make_data
+from probe.protocol import Curve
+from probe.scaling import Scaling
 
 NAMES = ("ant", "bee", "cat")
+SHORT = (1.0, 0.1, 0.01)  # a grid of three
 
 
 def config(**options):
     return FitLinearConfig(cache="cache", out="run", **options)
 
 
-def problem(num_classes=3, seed=0, num_examples=120, width=6, num_test=30, num_val=0):
+def arrays(num_classes=3, seed=0, num_rows=120, width=6, num_test=30, num_val=0):
     """Overlapping classes far from the origin, one feature constant; the last rows are the test split."""
     rng = np.random.default_rng(seed)
-    labels = np.arange(num_examples) % num_classes
-    embeddings = rng.normal(size=(num_examples, width)) + 5
+    labels = np.arange(num_rows) % num_classes
+    embeddings = rng.normal(size=(num_rows, width)) + 5
     embeddings[:, 1] += 1.5 * labels
     embeddings[:, 2] *= 100
     embeddings[:, 3] = 7
-    parts = np.array(["train"] * num_examples, dtype=object)
-    parts[num_examples - num_test :] = "test"
-    parts[:num_val] = "val"
-    splits = resolve_splits(
-        labels, parts.astype(str), class_names=NAMES[:num_classes], val_fraction=0.2, seed=0
-    )
+    splits = np.full(num_rows, "train", "<U5")
+    splits[num_rows - num_test :] = "test"
+    splits[:num_val] = "val"
     return embeddings.astype(np.float32), labels, splits
 
 
+def run(options, embeddings, labels, splits, groups=None):
+    views = embeddings if isinstance(embeddings, dict) else {"pooler": embeddings}
+    num_classes = labels.shape[1] if labels.ndim == 2 else labels.max() + 1
+    data, notes = make_data(options, views, labels, splits, groups, NAMES[:num_classes])
+    return (data, *fit_data(options, data, notes))
+
+
 @pytest.mark.parametrize("num_classes", [2, 3])
-def test_metrics_are_those_of_the_saved_head(num_classes):
-    embeddings, labels, splits = problem(num_classes)
-    fitted, metrics = fit_arrays(config(), embeddings, labels, splits, NAMES[:num_classes])
-    outputs = np.asarray(fitted.head.apply(embeddings[splits.test]))
+@pytest.mark.parametrize("num_val", [0, 30])
+def test_metrics_are_those_of_the_saved_head(num_classes, num_val):
+    data, fitted, metrics = run(config(), *arrays(num_classes, num_val=num_val))
+    outputs = np.asarray(fitted.head.apply(data.embeddings["pooler"][data.splits.test]))
     predicted = outputs.argmax(axis=1) if num_classes > 2 else (outputs[:, 0] > 0).astype(int)
-    assert metrics["splits"]["test"]["accuracy"] == pytest.approx(np.mean(predicted == labels[splits.test]))
-    assert {name: figures["n"] for name, figures in metrics["splits"].items()} == {
-        "train": len(splits.train),
-        "val": len(splits.val),
-        "test": 30,
-    }
+    assert metrics["splits"]["test"]["accuracy"] == pytest.approx(np.mean(predicted == data.labels[data.splits.test]))
+    sizes = {name: figures["n"] for name, figures in metrics["splits"].items()}
+    assert sizes == {"train": 90 - num_val, "val": num_val or 90, "test": 30}
     assert metrics["solution"]["converged"]
-    share = metrics["penalty"] * 90 / len(splits.train)
-    assert np.isclose(share, PENALTIES).any()
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
     assert not fitted.head.params["kernel"][3].any()  # the constant feature
+    assert fitted.out_of_fold.shape == (90 - num_val, num_classes)
+    assert np.isfinite(fitted.out_of_fold).all()
 
 
-def test_the_refitted_head_is_scikit_learns_at_the_same_c():
-    embeddings, labels, splits = problem(3)
-    fitted, metrics = fit_arrays(config(), embeddings, labels, splits, NAMES)
-    rows = np.sort(np.concatenate([splits.train, splits.val]))
-    features = apply_scaling(embeddings, *feature_scaling(embeddings[rows], "standard"))
-    reference = LogisticRegression(C=metrics["C"], tol=1e-7, solver="newton-cholesky")
-    reference.fit(features[rows], labels[rows])
-    expected = reference.decision_function(features)
-    ours = np.asarray(fitted.head.apply(embeddings))
-    # float32 weights on raw embeddings of order 300, and two solvers' tolerances
-    np.testing.assert_allclose(
-        ours - ours.mean(axis=1, keepdims=True), expected - expected.mean(axis=1, keepdims=True), atol=2e-3
-    )
-
-
-@pytest.mark.parametrize("head", ["linear", "mlp"])
 @pytest.mark.parametrize("num_val", [0, 30])
-def test_test_rows_choose_nothing(head, num_val):
-    embeddings, labels, splits = problem(num_val=num_val)
+@pytest.mark.parametrize("solver", ["lbfgs", "sklearn"])
+def test_the_refitted_head_is_scikit_learns_at_the_same_c(num_val, solver):
+    data, fitted, metrics = run(config(solver=solver), *arrays(3, num_val=num_val))
+    embeddings = data.embeddings["pooler"]
+    rows = np.concatenate([data.splits.train, data.splits.val])
+    features = Scaling.of(embeddings[rows], "standard").apply(embeddings)
+    reference = LogisticRegression(C=metrics["C"], tol=1e-7, solver="newton-cholesky")
+    reference.fit(features[rows], data.labels[rows])
+    expected = reference.decision_function(features)
+    ours = np.asarray(fitted.head.apply(embeddings)) * metrics["temperature"]
+    # float32 weights on raw embeddings of order 300, and two solvers' tolerances
+    centred = ours - ours.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(centred, expected - expected.mean(axis=1, keepdims=True), atol=3e-3)
+
+
+def test_out_of_fold_logits_are_those_of_fits_without_the_fold():
+    for num_val in (0, 30):
+        options = config(penalties=(0.01,))
+        data, fitted, metrics = run(options, *arrays(3, num_val=num_val))
+        train = data.splits.train
+        for fold in range(5):
+            rest, held = train[data.folds[train] != fold], train[data.folds[train] == fold]
+            features = Scaling.of(data.embeddings["pooler"][rest], "standard").apply(data.embeddings["pooler"])
+            reference = LogisticRegression(C=metrics["C"], tol=1e-7, solver="newton-cholesky")
+            expected = reference.fit(features[rest], data.labels[rest]).decision_function(features[held])
+            ours = fitted.out_of_fold[data.folds[train] == fold]
+            ours = ours - ours.mean(axis=1, keepdims=True)
+            # the path's tolerance of 1e-4 of the objective allows logits to differ by some hundredths
+            np.testing.assert_allclose(ours, expected - expected.mean(axis=1, keepdims=True), atol=0.12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"head": "linear", "views": ("pooler", "projected"), "scalings": ("standard", "l2"), "penalties": SHORT},
+        {"head": "linear", "solver": "ridge"},
+        {"head": "knn"},
+        {"head": "mlp", "hidden": (4,), "epochs": 3},
+    ],
+    ids=["linear", "ridge", "knn", "mlp"],
+)
+@pytest.mark.parametrize("num_val", [0, 30])
+def test_test_rows_choose_nothing(options, num_val):
+    embeddings, labels, splits = arrays(num_val=num_val)
+    is_test = splits == "test"
     changed, other = embeddings.copy(), labels.copy()
-    changed[splits.test] = 1e3
-    other[splits.test] = 0
-    options = config(head=head, hidden=(4,), epochs=3)
-    first, metrics = fit_arrays(options, embeddings, labels, splits, NAMES)
-    second, metrics_of_other = fit_arrays(options, changed, other, splits, NAMES)
+    changed[is_test] = 1e3
+    other[is_test] = 0
+    results = []
+    for values, targets in ((embeddings, labels), (changed, other)):
+        views = {"pooler": values, "projected": values[:, :4] ** 2}
+        views = {view: views[view] for view in options.get("views", ("pooler",))}
+        _, fitted, metrics = run(config(**options), views, targets, splits)
+        metrics["splits"].pop("test")
+        metrics.pop("baseline")
+        for epoch in metrics.get("history", []):
+            epoch.pop("seconds")
+        results.append((fitted, metrics))
+    (first, metrics), (second, metrics_of_other) = results
     assert str(first.head.params) == str(second.head.params)
     np.testing.assert_array_equal(first.val_logits, second.val_logits)
-    for result in (metrics, metrics_of_other):
-        result["splits"].pop("test")
-        result.pop("baseline")
-        for epoch in result.get("history", []):
-            epoch.pop("seconds")
     assert metrics == metrics_of_other
 
 
-def test_the_validation_figure_is_of_heads_that_train_alone_gave():
+def test_the_figure_of_validation_is_not_the_best_of_many():
     """Labels of pure noise: the best of 17 heads looks better than chance on the rows that picked it."""
-    gaps = []
-    for seed in range(6):
-        rng = np.random.default_rng(seed)
-        embeddings, labels = rng.normal(size=(60, 30)).astype(np.float32), rng.permutation(np.arange(60) % 2)
-        parts = np.where(np.arange(60) < 40, "val", "train")
-        splits = resolve_splits(labels, parts, class_names=NAMES[:2], val_fraction=0.2, seed=0)
-        _, metrics = fit_arrays(config(), embeddings, labels, splits, NAMES[:2])
-        best = max(point["accuracy"] for point in metrics["curve"])
-        gaps.append(best - metrics["splits"]["val"]["accuracy"])
-    assert np.mean(gaps) > 0
+    for num_val in (0, 40):
+        gaps = []
+        for seed in range(4):
+            rng = np.random.default_rng(seed)
+            embeddings, labels = rng.normal(size=(60, 6)).astype(np.float32), rng.permutation(np.arange(60) % 2)
+            splits = np.where(np.arange(60) < num_val, "val", "train")
+            _, _, metrics = run(config(), embeddings, labels, splits)
+            best = max(point["accuracy"] for point in metrics["curves"][0]["points"])
+            gaps.append(best - metrics["splits"]["val"]["accuracy"])
+        assert np.mean(gaps) > 0
 
 
 def test_no_refit_keeps_the_head_of_train_alone():
-    embeddings, labels, splits = problem()
-    fitted, metrics = fit_arrays(config(no_refit=True), embeddings, labels, splits, NAMES)
-    embeddings[splits.val] += 1
-    other, _ = fit_arrays(config(no_refit=True), embeddings, labels, splits, NAMES)
+    embeddings, labels, splits = arrays(num_val=30)
+    _, fitted, metrics = run(config(no_refit=True, penalties=(0.01,)), embeddings, labels, splits)
+    embeddings[splits == "val"] += 1
+    _, other, metrics_of_other = run(config(no_refit=True, penalties=(0.01,)), embeddings, labels, splits)
     assert metrics["fitted_on"] == "train"
-    assert metrics["penalty"] in PENALTIES
-    assert set(fitted.head.params) == set(other.head.params)
-    assert metrics["C"] == pytest.approx(1 / (metrics["penalty"] * len(splits.train)))
+    assert metrics["C"] == pytest.approx(1 / (metrics["penalty"] * 60))
+    # two starts, one optimum; the temperatures are of logits within the path's tolerance
+    uncalibrated = [
+        f.head.params["kernel"] * m["temperature"] for f, m in ((fitted, metrics), (other, metrics_of_other))
+    ]
+    np.testing.assert_allclose(*uncalibrated, atol=1e-4)
 
 
-def test_both_solvers_choose_and_reach_the_same():
-    embeddings, labels, splits = problem(3)
-    ours, theirs = (
-        fit_arrays(config(solver=solver), embeddings, labels, splits, NAMES)[1]
-        for solver in ("lbfgs", "sklearn")
-    )
-    assert ours["penalty"] == theirs["penalty"]
-    assert ours["solution"]["objective"] == pytest.approx(theirs["solution"]["objective"], rel=1e-9)
-    assert ours["splits"]["test"]["nll"] == pytest.approx(theirs["splits"]["test"]["nll"], rel=1e-4)
+def test_c_is_held_when_validation_joins_train():
+    _, _, alone = run(config(no_refit=True, penalties=(0.01,)), *arrays(num_val=30))
+    _, _, joined = run(config(penalties=(0.01,)), *arrays(num_val=30))
+    assert joined["C"] == pytest.approx(alone["C"])
+    assert joined["penalty"] == pytest.approx(alone["penalty"] * 60 / 90)
+
+
+def test_views_and_scalings_are_chosen_on_validation():
+    embeddings, labels, splits = arrays()
+    noise = np.random.default_rng(1).normal(size=(120, 5)).astype(np.float32)
+    options = config(views=("pooler", "projected"), scalings=("none", "l2"), penalties=SHORT)
+    _, fitted, metrics = run(options, {"pooler": noise, "projected": embeddings}, labels, splits)
+    assert fitted.view == metrics["view"] == "projected"
+    assert [(c["view"], c["scaling"]) for c in metrics["curves"]] == [
+        (view, scaling) for view in ("pooler", "projected") for scaling in ("none", "l2")
+    ]
+
+
+def test_rows_of_norm_1_are_part_of_the_saved_head():
+    data, fitted, _ = run(config(scalings=("l2",)), *arrays())
+    embeddings = data.embeddings["pooler"]
+    np.testing.assert_allclose(fitted.head.apply(embeddings), fitted.head.apply(embeddings * 7), atol=1e-3)
+
+
+def test_class_weights_are_those_of_scikit_learn():
+    embeddings, labels, splits = arrays()
+    labels = np.where(np.arange(120) % 4 > 0, 0, labels)  # one class has three rows of four and more
+    labels[:2] = 1, 2
+    for weights, theirs in ((("balanced",), "balanced"), (("bee=3", "cat=0.5"), {0: 1, 1: 3, 2: 0.5})):
+        data, fitted, metrics = run(config(class_weights=weights), embeddings, labels, splits)
+        train = data.splits.train
+        features = Scaling.of(embeddings[train], "standard").apply(embeddings)
+        counts = np.bincount(labels[train])
+        by_class = np.array([theirs[c] for c in range(3)]) if isinstance(theirs, dict) else len(train) / 3 / counts
+        c = metrics["C"]
+        assert c == pytest.approx(1 / (metrics["penalty"] * by_class[labels[train]].sum()))
+        reference = LogisticRegression(C=c, tol=1e-7, solver="newton-cholesky", class_weight=theirs)
+        expected = reference.fit(features[train], labels[train]).decision_function(features)
+        ours = np.asarray(fitted.head.apply(embeddings)) * metrics["temperature"]
+        np.testing.assert_allclose(
+            ours - ours.mean(axis=1, keepdims=True), expected - expected.mean(axis=1, keepdims=True), atol=3e-3
+        )
+
+
+def test_rows_with_several_labels():
+    embeddings, labels, splits = arrays()
+    sets = np.stack([labels == 0, labels > 0, embeddings[:, 0] > 5], axis=1)
+    for num_val in (0, 30):
+        splits[:30] = "val" if num_val else "train"
+        data, fitted, metrics = run(config(), embeddings, sets, splits)
+        assert metrics["solution"]["converged"]
+        assert fitted.head.params["kernel"].shape == (6, 3)
+        test = data.splits.test
+        right = ((apply_head(fitted, data, test) > 0) == sets[test]).mean()
+        assert right > 0.8
+        assert fitted.out_of_fold.shape == (len(data.splits.train), 3)
+        assert "baseline" not in metrics
+        assert describe(metrics)
+
+
+def test_leave_one_out_of_ridge_is_exact():
+    from probe.ridge import Ridge
+
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(20, 5))
+    features -= features.mean(axis=0)
+    targets = np.eye(3)[np.arange(20) % 3]
+    for penalty in (1e-8, 0.1, 10.0):
+        answers = Ridge(features, targets).left_out(penalty)
+        for row in range(20):
+            rest = np.arange(20) != row
+            mean = features[rest].mean(axis=0)
+            # the penalty holds λ·N, as C is held
+            kernel, bias = Ridge(features[rest] - mean, targets[rest]).head(penalty * 20 / 19)
+            np.testing.assert_allclose(answers[row], (features[row] - mean) @ kernel + bias, atol=1e-8)
+
+
+@pytest.mark.parametrize("num_val", [0, 30])
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("options", [{"solver": "ridge"}, {"head": "knn"}], ids=["ridge", "knn"])
+def test_ridge_and_neighbours_learn(options, num_classes, num_val):
+    data, fitted, metrics = run(config(**options), *arrays(num_classes, num_val=num_val))
+    outputs = 1 if num_classes == 2 else num_classes
+    assert fitted.head.apply(data.embeddings["pooler"][:2]).shape == (2, outputs)
+    floor = 0.5 if options.get("head") else 0.7  # neighbours look at the feature of scale 100 alone
+    assert metrics["splits"]["test"]["accuracy"] > floor - 0.2
+    assert fitted.out_of_fold.shape == (90 - num_val, num_classes)
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+    assert describe(metrics)
+
+
+def test_neighbours_vote_by_cosine():
+    from probe.heads import neighbour_logits
+
+    rng = np.random.default_rng(0)
+    bank = rng.normal(size=(30, 4)).astype(np.float32)
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    labels = np.arange(30) % 3
+    logits = np.asarray(neighbour_logits(bank, bank, labels, 3, 5, 0.07, without_self=True))
+    cosines = bank @ bank.T
+    np.fill_diagonal(cosines, -np.inf)
+    for row in range(30):
+        nearest = np.argsort(-cosines[row])[:5]
+        votes = np.exp(cosines[row, nearest] / 0.07)
+        shares = np.array([votes[labels[nearest] == c].sum() for c in range(3)]) / votes.sum()
+        np.testing.assert_allclose(np.exp(logits[row]), (5 * shares + 1 / 3) / 6, rtol=1e-4)
 
 
 def test_head_of_several_layers_learns_what_no_line_separates():
     rng = np.random.default_rng(0)
     embeddings = rng.uniform(-1, 1, size=(400, 2)).astype(np.float32)
     labels = (embeddings[:, 0] * embeddings[:, 1] > 0).astype(int)
-    splits = resolve_splits(
-        labels,
-        np.where(np.arange(400) < 100, "test", ""),
-        class_names=NAMES[:2],
-        val_fraction=0.2,
-        seed=0,
-    )
     options = config(head="mlp", hidden=(32, 16), epochs=30, learning_rate=1e-2)
-    fitted, metrics = fit_arrays(options, embeddings, labels, splits, NAMES[:2])
+    _, fitted, metrics = run(options, embeddings, labels, np.where(np.arange(400) < 100, "test", ""))
     assert metrics["splits"]["test"]["accuracy"] > 0.9
     assert metrics["baseline"]["accuracy"] < 0.7
     assert fitted.head.hidden == (32, 16)
@@ -146,28 +274,34 @@ def test_head_of_several_layers_learns_what_no_line_separates():
 
 
 def test_description_has_figures_and_certificate():
-    embeddings, labels, splits = problem(3)
-    text = describe(fit_arrays(config(), embeddings, labels, splits, NAMES)[1])
-    for part in (
-        "train",
-        "val",
-        "test",
-        "95 %",
-        "scikit-learn",
-        "λ",
-        "objective",
-        "gradient norm",
-        "converged",
-    ):
+    text = describe(run(config(), *arrays())[2])
+    for part in ("train", "val", "test", "95 %", "scikit-learn", "λ", "objective", "gradient norm", "converged"):
         assert part in text
 
 
-def test_without_a_test_split_the_baseline_is_judged_on_validation():
-    embeddings, labels, splits = problem(num_test=0)
-    _, metrics = fit_arrays(config(), embeddings, labels, splits, NAMES)
-    assert set(metrics["splits"]) == {"train", "val"}
-    assert metrics["baseline"]["split"] == "val"
-    assert "val" in describe(metrics)
+def test_a_choice_at_the_edge_of_the_grid_is_warned_of(capsys):
+    _, _, metrics = run(config(penalties=(1e3, 1e2)), *arrays())
+    assert "of the grid: give values" in metrics["warnings"][0]
+    assert "of the grid: give values" in capsys.readouterr().err
+    assert "warning: the λ chosen" in describe(metrics)
+
+
+def test_rare_classes_are_warned_of_and_keep_a_row_in_train():
+    embeddings, labels, splits = arrays()
+    labels = labels % 2
+    labels[5] = 2
+    data, fitted, metrics = run(config(), embeddings, labels, splits)
+    assert "fewer rows than the 5 folds: 'cat'" in metrics["warnings"][0]
+    assert data.folds[5] == -1
+    assert np.isnan(fitted.out_of_fold[5]).all()
+    assert metrics["splits"]["val"]["n"] == 89
+
+
+def test_without_a_penalty_separable_classes_are_refused():
+    embeddings, labels, splits = arrays()
+    embeddings[:, 0] += 100 * labels
+    with pytest.raises(NumericalError, match="Give a λ above 0"):
+        run(config(penalties=(0.0,)), embeddings, labels, splits)
 
 
 def test_embeddings_that_are_not_finite_are_named():
@@ -177,7 +311,52 @@ def test_embeddings_that_are_not_finite_are_named():
         check_finite(embeddings, [b"%d.png" % row for row in range(9)])
 
 
-@pytest.mark.parametrize("options", [{"hidden": (0,)}, {"head": "mlp", "hidden": ()}, {"val_fraction": 1.0}])
-def test_options_that_make_no_sense_are_refused(options):
-    with pytest.raises(ConfigError, match="--"):
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"hidden": (0,)}, "--hidden"),
+        ({"head": "mlp", "hidden": ()}, "--hidden"),
+        ({"val_fraction": 1.0}, "--val-fraction"),
+        ({"folds": 1}, "--folds"),
+        ({"penalties": (-1.0,)}, "--penalties"),
+        ({"solver": "sklearn", "penalties": (0.0,)}, "--penalties"),
+        ({"views": ()}, "--views"),
+        ({"head": "knn", "scalings": ("l2", "none")}, "--scalings"),
+        ({"class_weights": ("ant",)}, "--class-weights"),
+        ({"solver": "ridge", "class_weights": ("balanced",)}, "--class-weights"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, option):
+    with pytest.raises(ConfigError, match=option):
         config(**options)
+
+
+def test_a_weight_of_an_unknown_class_is_refused():
+    with pytest.raises(ConfigError, match="no class 'dog'; there are 'ant', 'bee', 'cat'"):
+        run(config(class_weights=("dog=2",)), *arrays())
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    scores=st.lists(st.tuples(st.integers(0, 10), st.floats(0.1, 3)), min_size=1, max_size=6),
+    criterion=st.sampled_from(["accuracy", "nll"]),
+)
+def test_the_search_reads_the_score_of_what_it_picks(scores, criterion):
+    """No neighbour on the grid has a better score than the candidate that is picked."""
+    accuracy, nll = (np.array(column, float)[:, None] for column in zip(*scores, strict=True))
+    best = Curve(accuracy / 10, nll, np.array([10])).best(criterion)
+    if criterion == "accuracy":
+        assert accuracy[best] == accuracy.max()
+        assert nll[best] == nll[accuracy == accuracy.max()].min()
+    else:
+        assert nll[best] == nll.min()
+
+
+def test_one_standard_error_prefers_the_simpler():
+    accuracy = np.array([[0.70, 0.80], [0.74, 0.82], [0.75, 0.83]])
+    curve = Curve(accuracy, 1 - accuracy, np.array([50, 50]))
+    assert curve.best("accuracy") == curve.best("nll") == 2
+    assert curve.best("accuracy", one_standard_error=True) == 0
+    lines = curve.lines(np.array([3.0, 2.0, 1.0]))
+    assert lines[2]["accuracy"] == pytest.approx(0.79)
+    assert lines[2]["accuracy_se"] == pytest.approx(0.04)

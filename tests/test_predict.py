@@ -24,7 +24,7 @@ from tests.conftest import write_image_folder
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images/, clip/, cache/, run/ (fit-linear) and tuned/ (finetune)."""
     root = tmp_path_factory.mktemp("predict")
-    write_image_folder(root / "images", {"train": 12, "test": 4})
+    write_image_folder(root / "images", {"train": 12, "val": 4, "test": 4})
     write_tiny_clip(root / "clip")
     images, backbone = str(root / "images"), ["--backbone", str(root / "clip")]
     assert main(["embed", images, *backbone, "--out", str(root / "cache")]) == 0

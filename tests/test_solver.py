@@ -1,58 +1,166 @@
-"""The solver: the same optimum as scikit-learn's, however many classes, and the certificate tells."""
+"""The solver: the optimum that scikit-learn's newton-cholesky finds, or a certificate that says why not."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from probe.solver import solve_path, solve_with_sklearn
+from probe.errors import NumericalError
+from probe.reference import solve_with_sklearn
+from probe.solver import Problem
 
 PENALTIES = (10.0, 0.3, 1e-3, 1e-5)
+WIDTH = 8  # one shape for all examples: hypothesis would compile anew for each
 
 
-def problem(num_classes, seed=0, num_examples=60, width=8):
-    """Overlapping classes on features of unequal scale, with a duplicated column."""
+def problem(num_classes, seed=0, num_rows=60):
+    """Overlapping classes on centred features of unequal scale, with a duplicated column."""
     rng = np.random.default_rng(seed)
-    labels = np.arange(num_examples) % num_classes
-    features = rng.normal(size=(num_examples, width)) * np.logspace(0, -2, width)
+    labels = np.arange(num_rows) % num_classes
+    features = rng.normal(size=(num_rows, WIDTH)) * np.logspace(0, -2, WIDTH)
     features[:, 0] += labels
     features[:, -1] = features[:, 1]
-    return features.astype(np.float32), labels
+    return (features - features.mean(axis=0)).astype(np.float32), labels
 
 
 @pytest.mark.parametrize("num_classes", [2, 4])
 def test_same_optimum_as_scikit_learn(num_classes):
     features, labels = problem(num_classes)
-    for ours, penalty in zip(solve_path(features, labels, num_classes, PENALTIES), PENALTIES, strict=True):
-        theirs = solve_with_sklearn(features, labels, num_classes, penalty)
+    solver = Problem(features, labels, num_classes)
+    for penalty in PENALTIES:
+        ours, theirs = solver.fit(penalty), solve_with_sklearn(solver, features, labels, penalty)
         assert ours.converged
-        assert ours.penalty == theirs.penalty == penalty
-        assert ours.kernel.shape == (8, 1 if num_classes == 2 else num_classes)
-        assert ours.objective == pytest.approx(theirs.objective, rel=1e-9)
+        assert ours.kernel.shape == (WIDTH, 1 if num_classes == 2 else num_classes)
+        assert ours.objective == pytest.approx(theirs.objective, rel=1e-8)
         # The objective bends by at least λ in every direction: ‖ΔW‖ <= (sum of the gradient norms) / λ
         reach = (ours.gradient_norm + theirs.gradient_norm) / penalty
         np.testing.assert_allclose(ours.kernel, theirs.kernel, atol=reach + 1e-12)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    num_rows=st.integers(5, 60),
+    num_classes=st.sampled_from([2, 3]),
+    condition=st.floats(0, 8),
+    penalty=st.floats(-8, 4),
+    columns=st.sampled_from(["independent", "duplicated", "constant"]),
+    lonely_class=st.booleans(),
+    weighted=st.booleans(),
+    shift=st.floats(0, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(30, 3, 8.0, -8.0, "duplicated", True, False, 3.0, 1)  # near-singular and separable
+def test_same_optimum_over_random_problems(
+    num_rows, num_classes, condition, penalty, columns, lonely_class, weighted, shift, seed
+):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(num_rows) % num_classes
+    if lonely_class:
+        labels = np.where(np.arange(num_rows) < num_classes, labels, labels % (num_classes - 1))
+    basis = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
+    features = rng.normal(size=(num_rows, WIDTH)) + shift * rng.normal(size=(num_classes, WIDTH))[labels]
+    features = (features * np.logspace(0, -condition, WIDTH)) @ basis
+    if columns == "duplicated":
+        features[:, 3] = features[:, 2]
+    elif columns == "constant":
+        features[:, 3] = 0
+    features = (features - features.mean(axis=0)).astype(np.float32)
+    weights = rng.uniform(0.1, 2, num_rows) if weighted else np.ones(num_rows)
+    solver = Problem(features, labels, num_classes, weights=weights)
+    ours = solver.fit(10.0**penalty)
+    theirs = solve_with_sklearn(solver, features, labels, 10.0**penalty, weights=weights, tolerance=1e-12)
+    assert ours.objective <= theirs.objective * (1 + 1e-6) or not ours.converged
+    assert ours.objective <= theirs.objective * (1 + 1e-3)
+
+
+def test_several_labels_a_row_are_independent_problems():
+    features, labels = problem(3)
+    sets = np.stack([labels == 0, labels != 1, features[:, 2] > 0], axis=1)
+    together = Problem(features, sets, 3).fit(1e-3)
+    assert together.converged
+    for label in range(3):
+        alone = Problem(features, sets[:, label].astype(int), 2).fit(1e-3)
+        np.testing.assert_allclose(together.kernel[:, label], alone.kernel[:, 0], atol=1e-5)
+        np.testing.assert_allclose(together.bias[label], alone.bias[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_lanes_are_the_fits_without_their_fold(several):
+    """Every fold and every λ of a path, against fits of the other rows alone, scaled by their own deviations."""
+    features, labels = problem(3)
+    targets = np.stack([labels == 0, labels != 1, labels == 2], axis=1) if several else labels
+    folds = np.arange(60) % 2
+    deviations = features.std(axis=0)
+    solver = Problem(features / deviations, targets, 3, folds=folds, standardise_folds=True)
+    path = solver.path([1.0, 0.01], [0, 1], tolerance=1e-7)
+    again = solver.path([0.01], [0, 1], start=path.heads[1])
+    assert path.converged.all()
+    assert again.num_iterations.max() <= 1
+    np.testing.assert_allclose(again.heads[0], path.heads[1], atol=3e-3)
+    for fold in (0, 1):
+        rows, held = folds != fold, folds == fold
+        own = features[rows].std(axis=0)
+        scaled = (features - features[rows].mean(axis=0)) / own
+        for i, penalty in enumerate([1.0, 0.01]):
+            # C is held: half of the rows, twice the λ
+            alone = Problem(scaled[rows], targets[rows], 3).fit(2 * penalty)
+            expected = alone.kernel * (deviations / own)[:, None]
+            np.testing.assert_allclose(path.heads[i, fold][:-1], expected, atol=3e-3)
+            logits = scaled[held] @ alone.kernel + alone.bias
+            if several:
+                nll = np.logaddexp(0, np.where(targets[held], -logits, logits)).sum(axis=1)
+                right = (logits > 0) == targets[held]
+            else:
+                nll = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(held.sum()), labels[held]]
+                right = logits.argmax(axis=1) == labels[held]
+            assert path.nll[i, fold] == pytest.approx(nll.mean(), rel=1e-2)
+            assert path.accuracy[i, fold] == pytest.approx(right.mean())
+            assert path.count[fold] == 30
+
+
+def test_weights_are_as_good_as_repeated_rows():
+    features, labels = problem(3)
+    times = np.arange(60) % 3
+    weighted = Problem(features, labels, 3, weights=times.astype(float)).fit(1e-2)
+    repeated = Problem(np.repeat(features, times, axis=0), np.repeat(labels, times), 3).fit(1e-2)
+    assert weighted.objective == pytest.approx(repeated.objective, rel=1e-9)
+    np.testing.assert_allclose(weighted.kernel, repeated.kernel, atol=1e-4)
+
+
 def test_softmax_biases_are_centred_and_free_of_the_penalty():
     features, labels = problem(3)
-    (solution,) = solve_path(features, labels, 3, [1e6])
+    solution = Problem(features, labels, 3).fit(1e6)
     assert solution.bias.sum() == pytest.approx(0, abs=1e-12)
     assert np.abs(solution.kernel).max() < 1e-5
     np.testing.assert_allclose(np.exp(solution.bias), 1, rtol=1e-4)  # three classes of equal size
-    (binary,) = solve_path(features, np.minimum(labels, 1), 2, [1e6])
+    binary = Problem(features, np.minimum(labels, 1), 2).fit(1e6)
     assert binary.bias[0] == pytest.approx(np.log(2), abs=1e-4)  # twice as many of one as of the other
 
 
 def test_an_unfinished_solution_says_so():
     features, labels = problem(3)
-    (solution,) = solve_path(features, labels, 3, [1e-6], max_iterations=2)
+    solution = Problem(features, labels, 3).fit(1e-6, start=np.zeros((WIDTH + 1, 3)), max_iterations=2)
     assert not solution.converged
     assert solution.num_iterations == 2
-    assert solution.certificate()["gradient_norm"] > 1e-7 * solution.initial_gradient_norm
+    assert solution.certificate()["gradient_norm"] > 1e-6 * solution.initial_gradient_norm
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_without_a_penalty_separable_classes_have_no_optimum(num_classes):
+    features, labels = problem(num_classes)
+    features[:, 0] += 10 * labels
+    with pytest.raises(NumericalError, match="can be separated"):
+        Problem(features, labels, num_classes).fit(0.0)
+
+
+def test_without_a_penalty_overlapping_classes_have_one():
+    features, _ = problem(2)
+    labels = np.random.default_rng(1).integers(0, 2, 60)
+    assert Problem(features, labels, 2).fit(0.0).converged
 
 
 def test_solving_leaves_the_rest_in_float32():
-    import jax.numpy as jnp
-
     features, labels = problem(2)
-    solve_path(features, labels, 2, [1.0])
+    Problem(features, labels, 2).fit(1.0)
     assert jnp.ones(1).dtype == jnp.float32

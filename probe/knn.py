@@ -1,0 +1,70 @@
+"""`--head knn`: the training rows themselves as the classifier, as DINOv2's evaluation has it.
+
+A row's nearest neighbours by cosine vote for their classes with weight exp(cosine / temperature). Source: Wu et al.
+2018, arXiv:1805.01978; temperature 0.07 and k of 10, 20, 100 and 200 as in DINOv2's `eval/knn.py`.
+"""
+
+import numpy as np
+
+from probe.choice import cross_fitted
+from probe.config import FitLinearConfig
+from probe.heads import TrainedHead, class_logits, neighbour_logits
+from probe.protocol import Curve, Data, Fitted
+from probe.scaling import unit_rows
+
+TEMPERATURE = 0.07
+_COUNTS = (200, 100, 20, 10)  # k, the smoothest first: of equals it is taken
+
+
+def fit_knn(config: FitLinearConfig, data: Data) -> Fitted:
+    """k by the leave-one-out accuracy of train, or by a given validation split; then all of it is the memory."""
+    view, splits = config.views[0], data.splits
+    unit = unit_rows(data.embeddings[view]).astype(np.float32)
+    judged_rows = splits.val if splits.val_is_given else splits.train
+    labels = data.labels[judged_rows]
+    available = len(splits.train) - (0 if splits.val_is_given else 1)
+    counts = [k for k in _COUNTS if k <= available] or [available]
+    bank, bank_labels = unit[splits.train], data.labels[splits.train]
+    out_of_fold = [_logits(bank, bank, bank_labels, data.num_classes, k, without_self=True) for k in counts]
+    logits = np.stack(
+        out_of_fold
+        if not splits.val_is_given
+        else [_logits(unit[splits.val], bank, bank_labels, data.num_classes, k) for k in counts]
+    )
+    accuracy = (logits.argmax(axis=2) == labels).mean(axis=1)
+    nll = (np.logaddexp.reduce(logits, axis=2) - logits[:, np.arange(len(labels)), labels]).mean(axis=1)
+    best = Curve(accuracy[:, None], nll[:, None], np.array([len(labels)])).best(config.criterion)
+    fitted_on = splits.train
+    if splits.val_is_given and not config.no_refit:
+        fitted_on = np.concatenate([splits.train, splits.val])
+    params = {
+        "bank": unit[fitted_on],
+        "bank_labels": data.labels[fitted_on].astype(np.float32),
+        "num_classes": np.float32(data.num_classes),
+        "num_neighbours": np.float32(counts[best]),
+        "temperature": np.float32(TEMPERATURE),
+    }
+    return Fitted(
+        head=TrainedHead((), params),
+        view=view,
+        val_rows=judged_rows,
+        val_logits=cross_fitted(logits, labels),
+        val_of="neighbours in train other than the row itself, k for each half of the rows chosen by the other half",
+        out_of_fold=out_of_fold[best],
+        facts={
+            "fitted_on": "train" if len(fitted_on) == len(splits.train) else "train + val",
+            "view": view,
+            "num_neighbours": counts[best],
+            "curves": [
+                {"num_neighbours": k, "accuracy": float(a), "nll": float(n)}
+                for k, a, n in zip(counts, accuracy, nll, strict=True)
+            ],
+        },
+    )
+
+
+def _logits(
+    queries: np.ndarray, bank: np.ndarray, labels: np.ndarray, num_classes: int, k: int, *, without_self: bool = False
+) -> np.ndarray:
+    found = neighbour_logits(queries, bank, labels, num_classes, k, TEMPERATURE, without_self=without_self)
+    return np.asarray(class_logits(found))

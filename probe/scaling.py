@@ -1,0 +1,54 @@
+"""How embeddings become the features that a head is fitted on, and how that is undone in its weights."""
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+
+from probe.heads import Params, fold_scaling
+
+Kind = Literal["standard", "l2", "none"]
+_CONSTANT = 1e-6  # a deviation below this share of the mean is float32's rounding, not a feature
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """x becomes (x - mean) / scale, or (x/‖x‖ - mean) / scale where `unit_norm`.
+
+    mean, scale: [D] float64; scale 0 marks a constant feature, which becomes 0. Features are centred whatever the
+    kind: the bias is free, so that only the numbers' conditioning changes.
+    """
+
+    unit_norm: bool
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, embeddings: np.ndarray, kind: Kind) -> "Scaling":
+        """From the statistics of [N, D] embeddings, the fitted rows alone."""
+        rows = unit_rows(embeddings) if kind == "l2" else embeddings
+        mean = rows.mean(axis=0, dtype=np.float64)
+        if kind != "standard":
+            return cls(kind == "l2", mean, np.ones_like(mean))
+        deviation = rows.std(axis=0, dtype=np.float64)
+        return cls(False, mean, np.where(deviation > _CONSTANT * np.abs(mean), deviation, 0))
+
+    def apply(self, embeddings: np.ndarray) -> np.ndarray:
+        """[N, D] float32 features, computed in float64 and rounded once."""
+        rows = unit_rows(embeddings) if self.unit_norm else embeddings
+        centred = rows - self.mean
+        scaled = np.divide(centred, self.scale, out=np.zeros_like(centred), where=self.scale > 0)
+        return np.asarray(scaled, np.float32)
+
+    def fold(self, params: Params) -> Params:
+        """Parameters that do to raw embeddings what `params` do to features."""
+        folded = fold_scaling(params, self.mean, self.scale)
+        return {**folded, "unit_norm": np.ones((), np.float32)} if self.unit_norm else folded
+
+
+def unit_rows(embeddings: np.ndarray) -> np.ndarray:
+    """[N, D] divided by each row's norm, in float64; a row of zeros stays."""
+    rows = np.asarray(embeddings, np.float64)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    divided: Any = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+    return np.asarray(divided)
