@@ -23,16 +23,22 @@ def cross_fitted(logits: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
       logits: [K, N, C]; labels: [N].
     Returns: None where a half would be empty: then no honest figure exists.
     """
-    half = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        (rows,) = np.nonzero(labels == label)
-        half[rows[1::2]] = True
-    if half.all() or not half.any():
+    half = halves(labels)
+    if half is None:
         return None
     judged: np.ndarray = np.empty_like(logits[0])
     judged[half] = logits[best_candidate(logits[:, ~half], labels[~half])][half]
     judged[~half] = logits[best_candidate(logits[:, half], labels[half])][~half]
     return judged
+
+
+def halves(labels: np.ndarray) -> np.ndarray | None:
+    """[N] bool: one of two halves into which the rows are dealt, class by class; None where one would be empty."""
+    half = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        (rows,) = np.nonzero(labels == label)
+        half[rows[1::2]] = True
+    return half if half.any() and not half.all() else None
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

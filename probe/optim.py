@@ -95,25 +95,34 @@ def split(params: Params, labels: Labels) -> tuple[Params, Params]:
 
 
 def make_optimizer(
-    labels: Labels, *, num_steps: int, warmup_steps: int, weight_decay: float
+    labels: Labels,
+    *,
+    num_steps: int,
+    warmup_steps: int,
+    weight_decay: float,
+    momentum: float | None = None,
+    clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW over each part at its own rate, through `optax.multi_transform`.
+    """AdamW, or SGD, over each part at its own rate, through `optax.multi_transform`.
 
     Args:
       labels: of the trainable leaves alone: the peak learning rate of each.
       num_steps, warmup_steps: of `warmup_cosine`.
       weight_decay: decoupled, so a step shrinks a weight by (rate · weight_decay); see `decay_mask`.
+      momentum: of SGD; None for AdamW.
+      clip_norm: longest gradient, measured over all parts together.
     """
-    rates = sorted(set(jax.tree.leaves(labels)))
-    parts: dict[Hashable, optax.GradientTransformation] = {
-        rate: optax.adamw(
-            warmup_cosine(rate, num_steps=num_steps, warmup_steps=warmup_steps),
-            weight_decay=weight_decay,
-            mask=decay_mask,
+
+    def part(rate: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale_by_adam() if momentum is None else optax.trace(momentum),
+            optax.add_decayed_weights(weight_decay, decay_mask),
+            optax.scale_by_learning_rate(warmup_cosine(rate, num_steps=num_steps, warmup_steps=warmup_steps)),
         )
-        for rate in rates
-    }
-    return optax.multi_transform(parts, labels)
+
+    parts: dict[Hashable, Any] = {rate: part(rate) for rate in sorted(set(jax.tree.leaves(labels)))}
+    tx = optax.multi_transform(parts, labels)
+    return tx if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), tx)
 
 
 def decay_mask(params: Params) -> Params:

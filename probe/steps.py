@@ -202,7 +202,7 @@ def shuffled(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
 def padded_batches(
     inputs: np.ndarray, labels: np.ndarray, batch_size: int, order: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """Yields every example once, in batches of one shape; the last is filled up with zeros and masked.
+    """Yields every example once, in batches of one shape; the last is filled up and masked.
 
     Args:
       inputs: [N, …]; labels: [N] integers.
@@ -216,13 +216,15 @@ def padded_batches(
 
 
 def padded_batch(inputs: np.ndarray, labels: np.ndarray, batch_size: int, *, examples: np.ndarray) -> Batch:
-    """One batch of `batch_size` rows from [n, …] inputs and [n] labels and numbers, 0 < n <= batch_size."""
+    """One batch of `batch_size` rows from [n, …] inputs and [n] labels and numbers, 0 < n <= batch_size.
+
+    It is filled up with the same rows again, masked: statistics over the batch meet nothing strange.
+    """
     num_real = len(labels)
     assert 0 < num_real <= batch_size
 
     def pad(rows: np.ndarray) -> np.ndarray:
-        filling = np.zeros((batch_size - num_real, *rows.shape[1:]), rows.dtype)
-        return np.concatenate([rows, filling]) if len(filling) else rows
+        return rows if num_real == batch_size else rows[np.arange(batch_size) % num_real]
 
     return Batch(
         inputs=pad(inputs),
@@ -239,6 +241,7 @@ def predict_logits(
     """Logits [N, C] float32 and labels [N] of the real rows of all batches, in their order."""
     logits, labels = [], []
     for batch in batches:
-        logits.append(np.asarray(eval_step(params, frozen, model_state, batch.inputs))[batch.mask])
-        labels.append(batch.labels[batch.mask])
+        real = np.asarray(batch.mask)
+        logits.append(np.asarray(eval_step(params, frozen, model_state, batch.inputs))[real])
+        labels.append(np.asarray(batch.labels)[real])
     return np.concatenate(logits), np.concatenate(labels)

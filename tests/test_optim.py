@@ -140,6 +140,19 @@ def test_decay_shrinks_kernels_and_nothing_else_when_gradients_are_zero(params):
     assert shrunk["head/kernel"] < shrunk["backbone/layers_0/fc1/kernel"] < 1
 
 
+def test_a_gradient_is_clipped_over_all_parts_together(params):
+    labels = optim.partition(params, {"backbone": 1.0, "head": 2.0})
+    options = {"num_steps": 10**9, "warmup_steps": 0, "weight_decay": 0.0, "momentum": 0.0}
+    norm = float(optax.tree.norm(params))
+    for tx, scale in (
+        (optim.make_optimizer(labels, **options), 1.0),
+        (optim.make_optimizer(labels, **options, clip_norm=norm / 4), 0.25),
+    ):
+        updates, _ = tx.update(params, tx.init(params), params)
+        np.testing.assert_allclose(updates["head"]["bias"], -2 * scale * np.ones(3), rtol=1e-6)
+        np.testing.assert_allclose(updates["backbone"]["layers_0"]["norm"]["scale"], -scale * np.ones(2), rtol=1e-6)
+
+
 @settings(deadline=None)
 @given(num_steps=st.integers(1, 200), share=st.floats(0, 0.99))
 def test_the_rate_rises_then_falls_and_is_never_zero(num_steps, share):

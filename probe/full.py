@@ -1,0 +1,89 @@
+"""The full mode of training: backbone and head in one `apply_fn` (see `probe.steps`), on uint8 images.
+
+Parameters are {"backbone": …, "head": …}; the model state holds the batch statistics of a backbone that has
+them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probe.augment import AugmentConfig, augment, example_keys
+from probe.backbones import Backbone, normalize_pixels
+from probe.heads import Classifier, TrainedHead
+from probe.images import Preprocessing
+from probe.steps import ApplyFn, Batch, Prepare
+
+
+def classifier_variables(backbone: Backbone, head: TrainedHead) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and model state of the classifier, the pretrained ones in their place."""
+    params = {"backbone": backbone.variables["params"], "head": head.params}
+    if "batch_stats" not in backbone.variables:
+        return params, {}
+    return params, {"batch_stats": {"backbone": backbone.variables["batch_stats"]}}
+
+
+def backbone_variables(params: dict[str, Any], model_state: dict[str, Any]) -> dict[str, Any]:
+    """The variables of the backbone within those of the classifier, as NumPy arrays."""
+    collections = {name: collection["backbone"] for name, collection in model_state.items()}
+    variables: dict[str, Any] = jax.tree.map(np.asarray, {"params": params["backbone"], **collections})
+    return variables
+
+
+def make_apply_fn(
+    classifier: Classifier,
+    preprocessing: Preprocessing,
+    *,
+    train_batchnorm: bool = False,
+    bfloat16: bool = False,
+    remat: bool = False,
+) -> ApplyFn:
+    """(params, model_state, images [B, H, W, 3] uint8, key) -> (logits [B, num_logits] float32, model_state).
+
+    In training, which is where there is a key, dropout is on where the tower has it. Products are in full
+    float32, as in `probe embed`.
+
+    Args:
+      train_batchnorm: normalise by the statistics of the batch in training and update the running ones. Else
+      those
+        of the pretrained tower stay: a fine-tuning batch is too small to replace them.
+      bfloat16: train in bfloat16, with the weights, their gradients' sums and all evaluation in float32.
+      remat: keep the results of matrix products only for the backward pass, and compute the rest again.
+    """
+
+    def train_fn(variables: Any, pixels: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+        if bfloat16:
+            params, pixels = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (variables["params"], pixels))
+            variables = {**variables, "params": params}
+        state = {name: leaf for name, leaf in variables.items() if name != "params"}
+        if state and not train_batchnorm:
+            return jnp.asarray(classifier.apply(variables, pixels)), state
+        return classifier.apply(variables, pixels, train=True, mutable=list(state), rngs={"dropout": key})
+
+    if remat:
+        train_fn = jax.checkpoint(train_fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+
+    def apply_fn(params: Any, model_state: Any, inputs: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
+        pixels = normalize_pixels(inputs, preprocessing)
+        variables = {"params": params, **model_state}
+        with jax.default_matmul_precision("highest"):
+            if key is None:
+                return jnp.asarray(classifier.apply(variables, pixels)), model_state
+            logits, state = train_fn(variables, pixels, key)
+        return logits.astype(jnp.float32), state
+
+    return apply_fn
+
+
+def make_prepare(config: AugmentConfig, num_classes: int) -> Prepare | None:
+    """What the train step does to a batch first; None where the config asks for nothing."""
+    if config == AugmentConfig():
+        return None
+
+    def prepare(key: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        keys = example_keys(key, batch.epoch, batch.examples)
+        return augment(config, batch.inputs, batch.labels, batch.mask, keys, num_classes=num_classes)
+
+    return prepare
