@@ -35,6 +35,13 @@ def _not_negative(option: str, value: float) -> None:
     _require(0 <= value < math.inf, option, "zero or more, and finite", value)
 
 
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
     """Run the backbone once over every image and cache the embeddings; run it again to continue or to update."""
@@ -264,8 +271,14 @@ class FinetuneConfig:
     """Run folder to write."""
     overwrite: Flag = False
     """Replace what stands under --out."""
-    init: Path | None = None
-    """Start the head from this `fit-linear` run (default: zeros)."""
+    init: str = "probe"
+    """Where the head starts: probe (solved on the training embeddings first), zeros, or a `fit-linear` run."""
+    cache: Path | None = None
+    """Cache made by `probe embed`, to take embeddings from for --init probe."""
+    wise: str = "best"
+    """How far from the start to the end the weights are kept: best on validation, a share of 0 to 1, or off (1)."""
+    keep: Literal["best", "finetuned"] = "best"
+    """What is saved: the probe unless fine-tuning was better beyond chance, or the fine-tuned one in any case."""
     epochs: int = 5
     """Passes over the training images."""
     batch_size: int = 16
@@ -282,10 +295,58 @@ class FinetuneConfig:
     """Train the last K blocks of the backbone and freeze those below."""
     rates: UseAppendAction[tuple[str, ...]] = ()
     """A rule pattern=rate or pattern=frozen, the first match wins; these replace the options above."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum."""
+    momentum: float = 0.9
+    """Of SGD."""
     weight_decay: float = 1e-4
     """Decoupled weight decay, not on biases and norms."""
+    clip_norm: float | None = None
+    """Longest gradient, over all parts together (default: no limit)."""
+    accumulate: int = 1
+    """Parts into which a batch is cut, to need the memory of one; the step is that of the whole batch."""
+    average: float | None = None
+    """Decay of an exponential moving average of the weights, which is then what is judged and kept."""
+    patience: int | None = None
+    """Stop once this many epochs in a row were no better on validation (default: run them all)."""
     warmup_fraction: float = 0.1
     """Share of the steps over which the rates rise from 0; then they fall to 0 as a cosine."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Random resized crops: least and most share of the area (1 1: none)."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Random resized crops: least and most width : height."""
+    flip: float = 0.0
+    """Probability of a mirror image."""
+    brightness: float = 0.0
+    """Colour jitter: factors of 1 ± this."""
+    contrast: float = 0.0
+    """Colour jitter: factors of 1 ± this."""
+    saturation: float = 0.0
+    """Colour jitter: factors of 1 ± this."""
+    hue: float = 0.0
+    """Colour jitter: turns of up to this share of the colour circle, at most 0.5."""
+    rand_ops: int = 0
+    """RandAugment: operations per picture."""
+    rand_magnitude: float = 9.0
+    """RandAugment: strength, 0 to 10."""
+    mixup: float = 0.0
+    """Mixup: α of the Beta distribution (0: off)."""
+    cutmix: float = 0.0
+    """CutMix: α of the Beta distribution (0: off)."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    train_batchnorm: Flag = False
+    """Normalise by the statistics of the batch and update the running ones (default: the pretrained ones stay)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of training; weights, their updates and all evaluation are float32."""
+    remat: Flag = False
+    """Keep the results of matrix products only and compute the rest again in the backward pass: less memory."""
+    fsdp: Flag = False
+    """With several devices: divide weights and optimizer state over them instead of copying them."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints, besides those after each epoch; 0: none at all."""
+    resume: Flag = False
+    """Go on with a run that was cut off, to the bit."""
     val_fraction: float = 0.2
     """Share of train held out, stratified, to choose the epoch where there is no validation split."""
     on_error: Literal["skip", "fail"] = "skip"
@@ -308,7 +369,20 @@ class FinetuneConfig:
             _require(0 < self.layer_decay <= 1, "layer-decay", "above 0 and at most 1", self.layer_decay)
         if self.unfreeze_last is not None:
             _require(self.unfreeze_last >= 1, "unfreeze-last", "at least 1", self.unfreeze_last)
+        if self.wise not in ("best", "off"):
+            _require(_is_share(self.wise), "wise", "best, off, or a number from 0 to 1", self.wise)
+        _require(0 <= self.momentum < 1, "momentum", "at least 0 and below 1", self.momentum)
         _not_negative("weight-decay", self.weight_decay)
+        if self.clip_norm is not None:
+            _positive("clip-norm", self.clip_norm)
+        _require(self.accumulate >= 1, "accumulate", "at least 1", self.accumulate)
+        divides = self.batch_size % self.accumulate == 0
+        _require(divides, "accumulate", f"a divisor of --batch-size {self.batch_size}", self.accumulate)
+        if self.average is not None:
+            _require(0 < self.average < 1, "average", "between 0 and 1", self.average)
+        if self.patience is not None:
+            _require(self.patience >= 1, "patience", "at least 1", self.patience)
+        _require(self.checkpoint_every >= 0, "checkpoint-every", "0 or more", self.checkpoint_every)
         _require(0 <= self.warmup_fraction < 1, "warmup-fraction", "at least 0 and below 1", self.warmup_fraction)
         _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)
         if self.num_workers is not None:

@@ -4,6 +4,9 @@ import csv
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -12,10 +15,14 @@ import pytest
 
 from probe import bundle, optim, steps
 from probe.backbones import load_backbone
-from probe.config import FinetuneConfig
+from probe.config import EmbedConfig, FinetuneConfig
+from probe.decoded import ImageRows
+from probe.embed import embed
 from probe.errors import ConfigError, InputError, MismatchError
 from probe.finetune import describe, finetune, make_apply_fn
 from probe.heads import Classifier, TrainedHead
+from probe.sources import open_source
+from probe.start import embed_rows
 from tests.conftest import write_image_folder
 
 
@@ -117,6 +124,8 @@ def config(image_folder, tiny_clip, tmp_path):
         images=image_folder,
         backbone=str(tiny_clip),
         out=tmp_path / "run",
+        init="zeros",
+        checkpoint_every=0,
         epochs=3,
         batch_size=8,
         head_lr=0.1,
@@ -189,6 +198,88 @@ def test_two_classes_and_batch_statistics(tmp_path, tiny_resnet):
     jax.tree.map(np.testing.assert_array_equal, tuned.variables["batch_stats"], original.variables["batch_stats"])
 
 
+def test_the_probe_is_kept_unless_fine_tuning_beats_it(config):
+    """The probe is right on all of these easy pictures, so that nothing can beat it."""
+    config = dataclasses.replace(config, init="probe", epochs=2)
+    metrics = finetune(config)
+    assert metrics["verdict"]["kept"] == "probe"
+    assert metrics["verdict"]["n"] == metrics["splits"]["val"]["n"] == 6
+    assert metrics["verdict"]["probe"]["accuracy"] == 1.0
+    assert metrics["probe"]["solution"]["converged"]
+    assert [point["alpha"] for point in metrics["wise_curve"]] == [step / 10 for step in range(11)]
+    run = bundle.load(config.out)
+    assert not run.finetuned
+    text = describe(metrics)
+    assert "against the probe" in text
+    assert "saved: probe, which fine-tuning does not beat" in text
+    tuned = config.out.with_name("tuned")
+    metrics = finetune(dataclasses.replace(config, out=tuned, keep="finetuned", wise="0.5"))
+    assert metrics["verdict"]["kept"] == "finetuned"
+    assert metrics["chosen_alpha"] == 0.5
+    assert bundle.load(tuned).finetuned
+
+
+def test_the_probe_takes_embeddings_from_a_cache_that_matches(config, tiny_resnet, tmp_path):
+    embed(EmbedConfig(images=config.images, backbone=config.backbone, out=tmp_path / "cache", num_workers=1))
+    backbone = load_backbone(config.backbone)
+    images = ImageRows.decode(open_source(config.images), backbone.preprocessing, num_workers=1)
+    rows = np.array([5, 0, 30])
+    computed = embed_rows(backbone, images, rows, batch_size=8, cache=None)
+    blank = dataclasses.replace(images, pixels=np.zeros_like(images.pixels))  # so that only the cache can know
+    cached = embed_rows(backbone, blank, rows, batch_size=8, cache=tmp_path / "cache")
+    np.testing.assert_allclose(cached, computed, atol=1e-5)
+    config = dataclasses.replace(config, init="probe", backbone=str(tiny_resnet), cache=tmp_path / "cache")
+    with pytest.raises(MismatchError, match=r"--cache .*: made with backbone"):
+        finetune(config)
+
+
+def test_everything_at_once(config):
+    """Augmentation, SGD, clipping, accumulation, averaging, bfloat16, rematerialisation: one run that learns."""
+    options = {
+        "crop_scale": (0.7, 1.0), "flip": 0.5, "brightness": 0.1, "mixup": 0.2, "label_smoothing": 0.1,
+        "optimizer": "sgd", "clip_norm": 1.0, "accumulate": 2, "average": 0.9, "patience": 5,
+        "precision": "bfloat16", "remat": True, "layer_decay": 0.5,
+    }  # fmt: skip
+    metrics = finetune(dataclasses.replace(config, **options, epochs=4, backbone_lr=0.01))
+    assert metrics["history"][-1]["val_loss"] < metrics["history"][0]["val_loss"] < np.log(3)
+
+
+def test_batch_statistics_are_trained_where_asked_for(config, tiny_resnet):
+    resnet = dataclasses.replace(config, backbone=str(tiny_resnet), backbone_lr=None, train_batchnorm=True, epochs=1)
+    finetune(resnet)
+    tuned = bundle.load(config.out).load_backbone().variables["batch_stats"]
+    original = load_backbone(str(tiny_resnet)).variables["batch_stats"]
+    assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(tuned), jax.tree.leaves(original), strict=True))
+    with pytest.raises(ConfigError, match="has no batch norm"):
+        finetune(dataclasses.replace(config, out=config.out.with_name("other"), train_batchnorm=True))
+
+
+def arguments(config, *more):
+    options = ["--init", "zeros", "--epochs", "3", "--batch-size", "8", "--head-lr", "0.1", "--backbone-lr", "1e-3"]
+    paths = [str(config.images), "--backbone", config.backbone, "--out", str(config.out), "--num-workers", "1"]
+    return [sys.executable, "-m", "probe.cli", "finetune", *paths, *options, *more]
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(config, tmp_path):
+    """kill -9 as soon as the second checkpoint is there, which is in the middle of the run."""
+    whole = dataclasses.replace(config, out=tmp_path / "whole")
+    subprocess.run(arguments(whole), check=True, capture_output=True)
+    checkpoints = config.out.with_name("run.checkpoints")
+    process = subprocess.Popen(arguments(config, "--checkpoint-every", "3"), stderr=subprocess.DEVNULL)
+    while len(list(checkpoints.glob("0*-step-*"))) < 2 and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not config.out.exists()
+    refused = subprocess.run(arguments(config), capture_output=True, text=True)
+    assert refused.returncode == 3
+    assert "go on with it by --resume" in refused.stderr
+    subprocess.run(arguments(config, "--checkpoint-every", "3", "--resume"), check=True, capture_output=True)
+    assert not checkpoints.exists()
+    for name in ("head.safetensors", "backbone/model.safetensors"):
+        assert (config.out / name).read_bytes() == (whole.out / name).read_bytes()
+
+
 def test_the_same_seed_gives_the_same_run(config, tmp_path):
     first, second = (finetune(dataclasses.replace(config, out=tmp_path / name, epochs=1)) for name in ("a", "b"))
     for metrics in (first, second):
@@ -219,7 +310,9 @@ def saved_head(config, out, **changes):
 
 def test_the_head_starts_from_another_run(config, tmp_path):
     head = saved_head(config, tmp_path / "head")
-    finetune(dataclasses.replace(config, init=tmp_path / "head", backbone_lr=0.0, head_lr=1e-9, epochs=1))
+    finetune(
+        dataclasses.replace(config, init=str(tmp_path / "head"), backbone_lr=0.0, head_lr=1e-9, epochs=1, wise="off")
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
         bundle.load(config.out).head.params,
@@ -231,7 +324,7 @@ def test_a_head_that_does_not_fit_is_refused_with_all_reasons(config, tmp_path):
     wrong = bundle.BackboneReference(name="other", revision=None, fingerprint="0" * 64)
     saved_head(config, tmp_path / "head", class_names=("cat", "dog", "eel"), view="projected", backbone=wrong)
     with pytest.raises(MismatchError) as err:
-        finetune(dataclasses.replace(config, init=tmp_path / "head"))
+        finetune(dataclasses.replace(config, init=str(tmp_path / "head")))
     assert "its classes are ['cat', 'dog', 'eel'], those of" in str(err.value)
     assert "view 'projected'" in str(err.value)
     assert "it stands on 'other' (000000000000)" in str(err.value)

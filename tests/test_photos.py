@@ -73,7 +73,7 @@ def test_finetuning_everything_improves_on_the_head_it_started_from(
     options = ["--backbone", backbone]
     assert main(["embed", str(images), *options, "--out", str(tmp_path / "cache")]) == 0
     assert main(["fit-linear", str(tmp_path / "cache"), "--no-refit", "--out", str(tmp_path / "head")]) == 0
-    options += ["--init", str(tmp_path / "head"), "--epochs", "1"]
+    options += ["--init", str(tmp_path / "head"), "--epochs", "1", "--wise", "off"]
     assert main(["finetune", str(images), *options, "--out", str(tmp_path / "tuned")]) == 0
     head, tuned = metrics_of(tmp_path / "head")["splits"], metrics_of(tmp_path / "tuned")["splits"]
     assert tuned["train"]["nll"] < head["train"]["nll"]
