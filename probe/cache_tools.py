@@ -52,7 +52,7 @@ def describe_ls(summary: dict[str, Any]) -> str:
     lines = [
         f"{summary['cache']}: {summary['num_embedded']:,} of {summary['num_images']:,} images have embeddings "
         f"({summary['num_distinct']:,} distinct), {summary['num_failed']:,} failed, {summary['num_pending']:,} pending",
-        f"backbone: {provenance.get('backbone') or 'none (imported)'}",
+        f"backbone: {provenance['backbone']}",
         f"views: {views}",
         f"fingerprint: {summary['fingerprint']}",
         f"disk: {summary['num_bytes'] / 1e6:,.1f} MB in {summary['num_shards']:,} shards, "

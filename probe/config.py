@@ -175,6 +175,8 @@ class CacheImportConfig:
     """Cache folder to create."""
     table: Path | None = None
     """CSV file with one line per row of a .npy: columns label, and if there are, name, split, group."""
+    extractor: str | None = None
+    """What made the features, in your words: only caches that agree in it can be merged (default: the file itself)."""
     json: Flag = False
     """Print the summary to stdout as JSON."""
 

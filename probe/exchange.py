@@ -9,6 +9,7 @@ Every format has the same columns, and what was exported can be imported again:
 """
 
 import csv
+import hashlib
 import importlib
 import io
 import zipfile
@@ -112,7 +113,8 @@ def _write(config: CacheImportConfig, columns: dict[str, Any]) -> int:
         multi_label=multi_label,
         splits=splits,
         groups=columns["groups"],
-        provenance={"imported_from": config.features.name},
+        identity={"extractor": config.extractor or hashlib.sha256(config.features.read_bytes()).hexdigest()},
+        provenance={"backbone": config.extractor or f"features imported from {config.features.name}"},
     )
     return len(next(iter(columns["embeddings"].values())))
 

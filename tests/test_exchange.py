@@ -6,10 +6,12 @@ import h5py
 import numpy as np
 import pytest
 
-from probe.cache import Cache, write_cache
-from probe.config import CacheExportConfig, CacheImportConfig
-from probe.errors import ConfigError, InputError
+from probe import bundle
+from probe.cache import Cache, merge_caches, write_cache
+from probe.config import CacheExportConfig, CacheImportConfig, FitLinearConfig
+from probe.errors import ConfigError, InputError, MismatchError
 from probe.exchange import describe_export, describe_import, export_cache, import_features
+from probe.linear import fit_linear
 
 RNG = np.random.default_rng(0)
 EMBEDDINGS = {
@@ -60,6 +62,31 @@ def test_there_and_back(suffix: str, multi_label: bool, tmp_path: Path) -> None:
     summary = import_features(CacheImportConfig(features=file, out=tmp_path / "b"))
     assert "5 rows" in describe_import(summary)
     equal_tables(Cache.open(tmp_path / "a"), Cache.open(tmp_path / "b"))
+
+
+def test_a_head_is_trained_on_imported_features_and_says_what_it_lacks(tmp_path: Path) -> None:
+    labels = np.arange(60) % 3
+    features = RNG.standard_normal((60, 8)) + 3 * np.eye(3, 8)[labels]
+    np.savez(tmp_path / "clever.npz", embeddings=features, labels=np.array(["a", "b", "c"])[labels])
+    import_features(CacheImportConfig(features=tmp_path / "clever.npz", out=tmp_path / "cache"))
+    metrics = fit_linear(FitLinearConfig(cache=tmp_path / "cache", out=tmp_path / "run"))
+    assert metrics["splits"]["train"]["accuracy"] > 0.9
+    with pytest.raises(InputError, match=r"features imported from clever\.npz"):
+        bundle.load(tmp_path / "run").load_backbone()
+
+
+def test_only_features_of_one_extractor_are_merged(tmp_path: Path) -> None:
+    for name, value in (("a", 0), ("b", 1)):
+        np.savez(tmp_path / f"{name}.npz", embeddings=np.full((2, 3), value), names=np.array([name, name * 2]))
+    for extractor, error in ((None, "extractor is"), ("ResNet of our own", None)):
+        caches = tuple(tmp_path / f"{extractor}-{name}" for name in "ab")
+        for name, cache in zip("ab", caches, strict=True):
+            import_features(CacheImportConfig(features=tmp_path / f"{name}.npz", out=cache, extractor=extractor))
+        if error:
+            with pytest.raises(MismatchError, match=error):
+                merge_caches(caches, tmp_path / "merged", prefix=False)
+        else:
+            assert len(merge_caches(caches, tmp_path / "merged", prefix=False).inputs) == 4
 
 
 def test_plain_h5py_reads_an_export(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def write_cache(
       keys: [N, 32] uint8, distinct for distinct embeddings (default: SHA-256 of each row's bytes).
       identity: what makes two such caches the same besides views and element type; it goes into the
         fingerprint.
-      provenance: stored, but it does not count.
+      provenance: stored, but it does not count; "backbone" is what people will read.
     Raises: InputError if the arrays do not fit together or hold values that are not finite; MismatchError if
       `root` is a cache that was made in another way; StorageError.
     """
@@ -66,9 +66,11 @@ def write_cache(
         {
             "views": {view: array.shape[1] for view, array in views.items()},
             "stored_dtype": stored_dtype[0],
-            **(identity or {"origin": "imported"}),
+            "backbone_fingerprint": "none",
+            **(identity or {}),
         },
-        dict(provenance or {}),
+        {"backbone": "features from elsewhere", "backbone_revision": None, "preprocessor_config": {}}
+        | dict(provenance or {}),
         shard_rows,
     )
     writer = CacheWriter(root, manifest)
