@@ -212,6 +212,12 @@ class FitLinearConfig:
     """Take the largest λ whose score is within a standard error of the best one's."""
     class_weights: tuple[str, ...] = ()
     """How much rows of a class count: balanced, or NAME=WEIGHT of one class and more."""
+    shots: tuple[int, ...] = ()
+    """Also fit heads to so many training rows of each class (1 2 4 8 16), and tell their accuracy."""
+    learning_curve: Flag = False
+    """Also fit heads to growing parts of train, and tell what more labels would give."""
+    seeds: int = 5
+    """Draws of rows for each number of shots and each point of the curve."""
     folds: int = 5
     """Parts of train, stratified, groups whole, each judged by a head that the others gave."""
     val_fraction: float = 0.2
@@ -254,6 +260,11 @@ class FitLinearConfig:
                 weight = item.rpartition("=")[2] if "=" in item else ""
                 valid = weight.replace(".", "", 1).isdigit() and float(weight) > 0
                 _require(valid, "class-weights", "balanced, or NAME=WEIGHT with a weight above 0", item)
+        _require(all(shots >= 1 for shots in self.shots), "shots", "numbers of at least 1", self.shots)
+        _require(self.seeds >= 1, "seeds", "at least 1", self.seeds)
+        if not searched:
+            _require(not self.shots, "shots", "left out except with lbfgs", self.shots)
+            _require(not self.learning_curve, "learning-curve", "left out except with lbfgs", self.learning_curve)
         _require(self.folds >= 2, "folds", "at least 2", self.folds)
         _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)
         _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
@@ -337,6 +348,8 @@ class FinetuneConfig:
     """CutMix: α of the Beta distribution (0: off)."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
+    image_size: int | None = None
+    """Height and width of the images; position embeddings are interpolated (default: the checkpoint's)."""
     train_batchnorm: Flag = False
     """Normalise by the statistics of the batch and update the running ones (default: the pretrained ones stay)."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -384,6 +397,8 @@ class FinetuneConfig:
             _require(0 < self.average < 1, "average", "between 0 and 1", self.average)
         if self.patience is not None:
             _require(self.patience >= 1, "patience", "at least 1", self.patience)
+        if self.image_size is not None:
+            _require(self.image_size >= 1, "image-size", "at least 1", self.image_size)
         _require(self.checkpoint_every >= 0, "checkpoint-every", "0 or more", self.checkpoint_every)
         _require(0 <= self.warmup_fraction < 1, "warmup-fraction", "at least 0 and below 1", self.warmup_fraction)
         _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)

@@ -26,6 +26,7 @@ from rich.table import Column, Table
 from probe import bundle, optim, predictions, sharding, steps, train, verdict
 from probe.augment import AugmentConfig
 from probe.backbones import Backbone, load_backbone
+from probe.backbones.resize import resize_backbone
 from probe.config import FinetuneConfig, to_json
 from probe.decoded import ImageRows
 from probe.errors import ConfigError, InputError, MismatchError
@@ -56,8 +57,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     _options(config, AugmentConfig)
     source = open_source(config.images)
     check_labels(source)
-    backbone = load_backbone(config.backbone)
-    given = _given_head(config, source.class_names, backbone)
+    loaded = load_backbone(config.backbone)
+    given = _given_head(config, source.class_names, loaded)
+    backbone = loaded if config.image_size is None else resize_backbone(loaded, config.image_size)
     rules = _rules(config, backbone, given)  # before the images are read: a clash should cost no time
     images = ImageRows.decode(source, backbone.preprocessing, num_workers=config.num_workers, on_error=config.on_error)
     rows = resolve_splits(
@@ -113,7 +115,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         keys=images.keys,
         labels=true,
     )
-    _save(config, backbone, start, names, tuning.variables(alpha, epoch), metrics, kept)
+    _save(config, loaded, backbone, start, names, tuning.variables(alpha, epoch), metrics, kept)
     shutil.rmtree(_checkpoint_folder(config), ignore_errors=True)
     return metrics
 
@@ -387,6 +389,7 @@ def _print_epoch(line: train.Epoch) -> None:
 
 def _save(
     config: FinetuneConfig,
+    loaded: Backbone,
     backbone: Backbone,
     start: TrainedHead,
     class_names: tuple[str, ...],
@@ -396,7 +399,7 @@ def _save(
 ) -> None:
     params, model_state = variables
     tuned = dataclasses.replace(backbone, variables=backbone_variables(params, model_state))
-    changed = tuned.fingerprint != backbone.fingerprint
+    changed = tuned.fingerprint != loaded.fingerprint
     bundle.save(
         config.out,
         head=TrainedHead(hidden=start.hidden, params=jax.tree.map(np.asarray, params["head"])),

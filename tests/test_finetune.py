@@ -254,6 +254,14 @@ def test_batch_statistics_are_trained_where_asked_for(config, tiny_resnet):
         finetune(dataclasses.replace(config, out=config.out.with_name("other"), train_batchnorm=True))
 
 
+def test_another_image_size_is_saved_with_the_run(config):
+    """Even with everything frozen: the resized positions exist nowhere else."""
+    finetune(dataclasses.replace(config, image_size=24, backbone_lr=0.0, epochs=1))
+    backbone = bundle.load(config.out).load_backbone()
+    assert backbone.preprocessing.image_size == (24, 24)
+    assert backbone.variables["params"]["embeddings"]["position_embedding"].shape == (1 + 9, 16)
+
+
 def arguments(config, *more):
     options = ["--init", "zeros", "--epochs", "3", "--batch-size", "8", "--head-lr", "0.1", "--backbone-lr", "1e-3"]
     paths = [str(config.images), "--backbone", config.backbone, "--out", str(config.out), "--num-workers", "1"]
