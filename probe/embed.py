@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import numpy as np
 
 from probe import interrupt
-from probe.backbones import Backbone, load_backbone, make_embed_fn
+from probe.backbones import Backbone, load_backbone
 from probe.cache import (
     CacheWriter,
     Failure,
@@ -31,15 +30,16 @@ from probe.cache import (
     Manifest,
     Plan,
     check_same,
-    draft_plan,
     known_keys,
     load_manifest,
     make_inputs,
     make_manifest,
+    newest_complete,
 )
 from probe.config import EmbedConfig
-from probe.embedding import Item, RunBatch, embed_shard
-from probe.errors import FailedImagesError, InputError, OutOfMemoryError, StorageError
+from probe.embedding import Item, embed_shard, make_run_batch, memory_explained
+from probe.errors import ConfigError, FailedImagesError, InputError, StorageError
+from probe.estimate import describe_estimate, estimate, spread
 from probe.images import ImageError, LoadedImage, load_images
 from probe.progress import Progress
 from probe.sources import Example, Source, check_labels, display_name, open_source
@@ -47,8 +47,6 @@ from probe.sources import Example, Source, check_labels, display_name, open_sour
 _BATCH_SIZE = 32
 _SHARD_ROWS_CPU, _SHARD_ROWS = 1024, 16384  # about a minute of a CPU's work, 50 MB of 768 float32
 _FAILURES_SHOWN = 20
-_SAMPLE_BATCHES = 4  # that a dry run computes to measure the rate
-_FACT_BYTES = 250  # per image, in plan and sidecar, besides its name
 _PROGRAM = 1  # raise it when the towers or the decoder give other numbers for the same weights and images
 
 
@@ -66,22 +64,26 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     if all(example.labels for example in source.examples):
         check_labels(source)
     _check_writable(config.out)
-    examples = _spread(source.examples, config.limit)
+    examples = spread(source.examples, config.limit)
     backbone = load_backbone(config.backbone)
     manifest = _settle(config, backbone)
     inputs = _inputs(source, examples)
     if config.dry_run:
-        return _estimate(config, manifest, backbone, source, examples, inputs)
+        with memory_explained(manifest.identity["batch_size"]):
+            return estimate(config, manifest, backbone, source, examples, inputs)
+    num_dropped = _num_dropped(config, inputs)
     writer = CacheWriter(config.out, manifest)
     plan = writer.plan(inputs, rehash=config.verify_content, retry_failed=config.retry_failed)
     work = _Work(config, writer, plan, backbone, source, examples)
     try:
-        work.run()
+        with memory_explained(manifest.identity["batch_size"]):
+            work.run()
     except interrupt.Interrupted as stop:
         hint = f"{len(writer.sealed(plan))} of {writer.num_shards(plan)} shards are sealed; run it again to go on"
         raise interrupt.Interrupted(stop.signum, hint) from None
     done = plan if plan.complete else writer.complete(plan)
     summary = _summarize(config, writer, done or plan, work.num_computed, time.monotonic() - started)
+    summary["num_dropped"] = num_dropped
     if summary["complete"] and summary["num_embedded"] == 0:
         raise InputError(
             f"{config.images}: none of {summary['num_images']:,} images could be read: "
@@ -93,7 +95,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
 def describe(summary: dict[str, Any]) -> str:
     """The summary as text for people."""
     if summary.get("dry_run"):
-        return _describe_estimate(summary)
+        return describe_estimate(summary)
     num_failed = summary["num_failed"]
     lines = []
     if summary["class_names"]:
@@ -104,6 +106,11 @@ def describe(summary: dict[str, Any]) -> str:
         lines += [f"failed: {_spell_failure(failure)}" for failure in summary["failures"][:_FAILURES_SHOWN]]
         if num_failed > _FAILURES_SHOWN:
             lines.append(f"failed: {num_failed - _FAILURES_SHOWN:,} more, see {Path(summary['cache'], 'failed')}")
+    if summary["num_dropped"]:
+        lines.append(
+            f"note: {summary['num_dropped']:,} images of the previous revision are not among these any more; their "
+            "embeddings are kept until `probe cache prune`"
+        )
     if not summary["complete"]:
         lines.append(
             f"{summary['num_pending']:,} images are left to other processes; the one that ends last completes the cache"
@@ -147,7 +154,7 @@ class _Work:
             for number in self._numbers:
                 self._learn(number)
             return
-        run_batch = _make_run_batch(self._backbone, self._writer.manifest)
+        run_batch = make_run_batch(self._backbone)
         made_by = _made_by()
         with Progress("embedding", total=total, unit="images") as progress, ThreadPoolExecutor(1) as disk:
             sealing: Future[None] | None = None
@@ -220,26 +227,6 @@ def _number(image: LoadedImage[Item]) -> int:
     return image.example.number
 
 
-def _make_run_batch(backbone: Backbone, manifest: Manifest) -> RunBatch:
-    """The compiled program on the backbone's weights, which are on the device once."""
-    embed_fn = make_embed_fn(backbone, backbone.views)
-    variables = jax.device_put(backbone.variables)
-
-    def run_batch(images: np.ndarray) -> dict[str, jax.Array]:
-        try:
-            return embed_fn(variables, images)
-        except jax.errors.JaxRuntimeError as err:
-            if "RESOURCE_EXHAUSTED" not in str(err):
-                raise
-            raise OutOfMemoryError(
-                f"{jax.devices()[0].device_kind}: a batch of {len(images)} images does not fit into its memory. The "
-                "batch size belongs to the cache, since it changes bits: choose a smaller --batch-size and another "
-                "--out, or a device with more memory."
-            ) from err
-
-    return run_batch
-
-
 def _settle(config: EmbedConfig, backbone: Backbone) -> Manifest:
     """How embeddings are made: what the cache says, if there is one, where the user leaves it open.
 
@@ -293,11 +280,21 @@ def _inputs(source: Source, examples: list[Example]) -> Inputs:
     )
 
 
-def _spread(examples: list[Example], limit: int | None) -> list[Example]:
-    """At most `limit` examples, evenly over all, so that every class has its share."""
-    if limit is None or limit >= len(examples):
-        return examples
-    return [examples[index * len(examples) // limit] for index in range(limit)]
+def _num_dropped(config: EmbedConfig, inputs: Inputs) -> int:
+    """How many images of the newest revision are not among `inputs`.
+
+    Raises: ConfigError if that is because of --limit: to try something out must not narrow a cache in use.
+    """
+    before = newest_complete(config.out)
+    if before is None or before.inputs_digest == inputs.digest():
+        return 0
+    num_dropped = len(set(before.inputs.names).difference(inputs.names))
+    if num_dropped and config.limit is not None:
+        raise ConfigError(
+            f"--limit {config.limit} would narrow {config.out}, which has {len(before.inputs):,} images: "
+            "choose another --out"
+        )
+    return num_dropped
 
 
 def _made_by() -> dict[str, str]:
@@ -344,51 +341,3 @@ def _summarize(
 
 def _spell_failure(failure: dict[str, str]) -> str:
     return f"{display_name(failure['path'])}: {failure['reason']}: {failure['detail']}"
-
-
-def _estimate(
-    config: EmbedConfig,
-    manifest: Manifest,
-    backbone: Backbone,
-    source: Source,
-    examples: list[Example],
-    inputs: Inputs,
-) -> dict[str, Any]:
-    """What a run would do, from a few batches that are computed and thrown away."""
-    plan = draft_plan(config.out, inputs, rehash=config.verify_content, retry_failed=config.retry_failed)
-    batch_size = manifest.identity["batch_size"]
-    row_bytes = sum(manifest.identity["views"].values()) * np.dtype(manifest.identity["stored_dtype"]).itemsize
-    work = [examples[row] for row in plan.work]
-    sample = _spread(work, _SAMPLE_BATCHES * batch_size)
-    rate = None
-    if sample:
-        run_batch = _make_run_batch(backbone, manifest)
-        jax.device_get(run_batch(np.zeros((batch_size, *backbone.preprocessing.image_size, 3), np.uint8)))
-        items = ((Item(0, example), content) for example, content in source.iter_bytes(sample))
-        started = time.monotonic()
-        images = load_images(
-            items, backbone.preprocessing, num_workers=config.num_workers, max_pixels=config.max_pixels
-        )
-        embed_shard(images, run_batch, batch_size=batch_size, dtype="float32", is_known=lambda key: False)
-        rate = len(sample) / (time.monotonic() - started)
-    return {
-        "dry_run": True,
-        "cache": str(config.out),
-        "num_images": len(inputs),
-        "num_pending": len(work),
-        "num_bytes": sum(example.size for example in work),
-        "images_per_second": rate,
-        "minutes": len(work) / rate / 60 if rate else 0.0,
-        "disk_bytes": sum(row_bytes + _FACT_BYTES + len(example.name) for example in work),
-    }
-
-
-def _describe_estimate(estimate: dict[str, Any]) -> str:
-    if not estimate["num_pending"]:
-        return f"{estimate['cache']}: all {estimate['num_images']:,} images are known: nothing would be computed"
-    return (
-        f"{estimate['cache']}: {estimate['num_pending']:,} of {estimate['num_images']:,} images "
-        f"({estimate['num_bytes'] / 1e6:,.1f} MB) would be embedded in some {estimate['minutes']:,.1f} minutes "
-        f"({estimate['images_per_second']:,.1f} images/s, measured on a few) and take "
-        f"{estimate['disk_bytes'] / 1e6:,.1f} MB of disk. Nothing was written."
-    )

@@ -5,14 +5,18 @@ the images of a slice, the compiled backbone, and which content keys are known, 
 """
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 
 from probe import interrupt
+from probe.backbones import Backbone, make_embed_fn
 from probe.cache import FAILED, KNOWN, Facts, Failure, ShardContents
+from probe.errors import OutOfMemoryError
 from probe.images import ImageError, LoadedImage
 from probe.sources import Example
 
@@ -163,3 +167,27 @@ def _as_stored(
 def _as_keys(keys: Iterable[bytes]) -> np.ndarray:
     """[n, 32] uint8."""
     return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
+
+
+def make_run_batch(backbone: Backbone) -> RunBatch:
+    """The compiled program on the backbone's weights, which are sent to the device once."""
+    embed_fn = make_embed_fn(backbone, backbone.views)
+    return functools.partial(embed_fn, jax.device_put(backbone.variables))
+
+
+@contextlib.contextmanager
+def memory_explained(batch_size: int) -> Iterator[None]:
+    """Turns what jax raises when the device's memory is full, at once or when results are fetched, into advice.
+
+    Raises: OutOfMemoryError.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as err:
+        if "RESOURCE_EXHAUSTED" not in str(err):
+            raise
+        raise OutOfMemoryError(
+            f"{jax.devices()[0].device_kind}: a batch of {batch_size} images does not fit into its memory. The batch "
+            "size belongs to the cache, since it changes bits: choose a smaller --batch-size and another --out, or a "
+            "device with more memory."
+        ) from err

@@ -14,8 +14,8 @@ from probe.backbones import load_backbone, make_embed_fn
 from probe.cache import FAILED, KNOWN, Cache
 from probe.config import EmbedConfig
 from probe.embed import describe, embed
-from probe.embedding import Item, embed_shard
-from probe.errors import ConfigError, FailedImagesError, InputError, MismatchError, StorageError
+from probe.embedding import Item, embed_shard, memory_explained
+from probe.errors import ConfigError, FailedImagesError, InputError, MismatchError, OutOfMemoryError, StorageError
 from probe.images import ImageError, LoadedImage, load_image
 from probe.sources import Example
 
@@ -249,7 +249,18 @@ def test_limit_takes_some_of_every_class(config) -> None:
     assert embed(config(limit=6))["num_embedded"] == 6
     table = Cache.open(config().out).table
     assert set(table.labels.tolist()) == {0, 1, 2}
-    assert embed(config())["num_computed"] == 42
+    summary = embed(config())
+    assert (summary["num_computed"], summary["num_dropped"]) == (42, 0)
+    with pytest.raises(ConfigError, match=r"--limit 6 would narrow .*, which has 48 images"):
+        embed(config(limit=6))
+
+
+def test_images_that_drop_out_are_counted(config, image_folder: Path, tmp_path: Path) -> None:
+    embed(config())
+    shutil.copytree(image_folder / "train", tmp_path / "other")
+    summary = embed(config(images=tmp_path / "other"))  # other names: someone may have meant to add them
+    assert (summary["num_dropped"], summary["num_computed"]) == (48, 0)
+    assert "48 images of the previous revision are not among these any more" in describe(summary)
 
 
 def test_dry_run_writes_nothing_and_knows_what_is_known(config) -> None:
@@ -299,6 +310,14 @@ def test_nothing_readable_is_an_error_that_says_why(config, tmp_path: Path) -> N
 def test_options_that_make_no_sense(fields, message, config) -> None:
     with pytest.raises(ConfigError, match=message):
         config(**fields)
+
+
+def test_a_full_device_is_an_error_with_advice() -> None:
+    advice = r"a batch of 8 images does not fit.*smaller --batch-size and another"
+    with pytest.raises(OutOfMemoryError, match=advice), memory_explained(8):
+        jax.block_until_ready(jnp.zeros(1 << 46, jnp.float32))
+    with pytest.raises(ZeroDivisionError), memory_explained(8):
+        assert 1 / 0
 
 
 class TestEmbedShard:

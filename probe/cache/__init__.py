@@ -35,3 +35,4 @@ from probe.cache.verifying import verify_cache as verify_cache
 from probe.cache.writer import CacheWriter as CacheWriter
 from probe.cache.writer import draft_plan as draft_plan
 from probe.cache.writer import known_keys as known_keys
+from probe.cache.writer import newest_complete as newest_complete

@@ -120,6 +120,12 @@ class CacheWriter:
         return dataclasses.replace(plan, id=name.removesuffix(".h5").removesuffix("-open"))
 
 
+def newest_complete(root: Path) -> Plan | None:
+    """The newest complete plan of the cache in `root`, if there is one. Raises: CorruptError."""
+    files = [file for file in list_plans(root / "plan") if file.complete]
+    return load_plan(files[-1].path) if files else None
+
+
 def draft_plan(root: Path, inputs: Inputs, *, rehash: bool = False, retry_failed: bool = False) -> Plan:
     """The plan for `inputs`, as `CacheWriter.plan` would store it; one without an `id` is not stored yet."""
     files = list_plans(root / "plan")
@@ -132,7 +138,7 @@ def draft_plan(root: Path, inputs: Inputs, *, rehash: bool = False, retry_failed
         fits = plan.inputs_digest == digest and not (retry_failed and (plan.shard == FAILED).any())
         if fits and rehash == (plan.rehash and not plan.complete) and not _lost(root, plan):
             return plan
-    complete = next((load_plan(file.path) for file in reversed(files) if file.complete), None)
+    complete = newest_complete(root)
     facts = _Facts()
     if complete is not None:
         facts.add_plan(complete, _lost(root, complete))
