@@ -267,7 +267,13 @@ def _start(lanes: Lanes, weights: jax.Array) -> _State:
 
 
 def _advance(
-    state: _State, sums: Sums, lanes: Lanes, gap_tolerance: Any, target_norm: jax.Array, max_iterations: Any
+    state: _State,
+    sums: Sums,
+    lanes: Lanes,
+    gap_tolerance: Any,
+    bound_tolerance: Any,
+    target_norm: jax.Array,
+    max_iterations: Any,
 ) -> _State:
     """What follows from the sums at the trial: lanes accept it or shorten their step, and go on where converged."""
     penalty = _penalty(lanes, state.index)
@@ -302,7 +308,12 @@ def _advance(
     )
     stale = accept | (state.num_halvings > _MAX_HALVINGS)
     record = functools.partial(
-        _record, lanes=lanes, gap_tolerance=gap_tolerance, target_norm=target_norm, max_iterations=max_iterations
+        _record,
+        lanes=lanes,
+        gap_tolerance=gap_tolerance,
+        bound_tolerance=bound_tolerance,
+        target_norm=target_norm,
+        max_iterations=max_iterations,
     )
     state, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), lambda carry: record(*carry), (state, stale))
     return state
@@ -313,6 +324,7 @@ def _record(
     stale: jax.Array,
     lanes: Lanes,
     gap_tolerance: Any,
+    bound_tolerance: Any,
     target_norm: jax.Array,
     max_iterations: Any,
 ) -> tuple[_State, jax.Array]:
@@ -327,7 +339,9 @@ def _record(
     gap = -_dot(grad, direction) / 2
     norm = jnp.sqrt(_dot(grad, grad))
     accepted = state.num_halvings == 0
-    converged = accepted & (gap <= gap_tolerance * objective) & (norm <= target_norm)
+    # W alone is λ-strongly convex, so the optimum is at most ‖g‖² / 2λ below, whatever L-BFGS believes.
+    bounded = (penalty == 0) | (norm**2 <= 2 * penalty * bound_tolerance * objective)
+    converged = accepted & (gap <= gap_tolerance * objective) & (norm <= target_norm) & bounded
     through = stale & moving & (converged | ~accepted | (state.num_iterations >= max_iterations))
     slot = jnp.where(through, state.index, num_penalties)  # out of range: dropped
     found = Path(
@@ -354,12 +368,25 @@ def _record(
 
 
 @jax.jit
-def walk(rows: Rows, lanes: Lanes, start: jax.Array, gap_tolerance: Any, target_norm: Any, max_iterations: Any) -> Path:
-    """All lanes down their paths, in one program."""
+def walk(
+    rows: Rows,
+    lanes: Lanes,
+    start: jax.Array,
+    gap_tolerance: Any,
+    bound_tolerance: Any,
+    target_norm: Any,
+    max_iterations: Any,
+) -> Path:
+    """All lanes down their paths, in one program.
+
+    Args:
+      start: [K, D + 1, M]. gap_tolerance: of the gap that L-BFGS sees, and bound_tolerance of the one that is proven,
+        as shares of the objective. target_norm: [K] of the gradient. max_iterations: at one λ.
+    """
 
     def one_pass(state: _State) -> _State:
         sums = _evaluate(rows, lanes, _trial(state))
-        return _advance(state, sums, lanes, gap_tolerance, target_norm, max_iterations)
+        return _advance(state, sums, lanes, gap_tolerance, bound_tolerance, target_norm, max_iterations)
 
     def unfinished(state: _State) -> jax.Array:
         return jnp.any(state.index < lanes.penalties.shape[0])

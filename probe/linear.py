@@ -19,6 +19,7 @@ from probe.cache import Cache
 from probe.config import FitLinearConfig, to_json
 from probe.convex import fit_convex
 from probe.errors import ConfigError, InputError
+from probe.fewer import few_shot, learning_curve
 from probe.heads import class_logits
 from probe.knn import fit_knn
 from probe.metrics import summarize
@@ -90,9 +91,11 @@ def make_data(
       splits, groups: [N] of text, as `splits.resolve_splits` takes them.
     Raises: InputError where nothing can be learned or nothing can be left out.
     """
-    if labels.ndim == 2 and not (config.head == "linear" and config.solver != "ridge" and not config.class_weights):
+    linear = config.head == "linear" and config.solver != "ridge"
+    if labels.ndim == 2 and (not linear or config.class_weights or config.shots or config.learning_curve):
         raise ConfigError(
-            "rows with several labels need --head linear with --solver lbfgs or sklearn, and no --class-weights"
+            "rows with several labels need --head linear with --solver lbfgs or sklearn, and none of --class-weights, "
+            "--shots and --learning-curve"
         )
     resolved = resolve_splits(
         labels,
@@ -140,6 +143,11 @@ def fit_data(config: FitLinearConfig, data: Data, notes: Sequence[str] = ()) -> 
     if fitted.val_logits is not None:
         figures["val"] = summarize(fitted.val_logits, data.labels[fitted.val_rows], data.class_names)
         figures["val"]["of"] = fitted.val_of
+    extra: dict[str, Any] = {}
+    if config.shots:
+        extra["few_shot"] = few_shot(config, data)
+    if config.learning_curve:
+        extra["learning_curve"] = learning_curve(config, data)
     warnings = [*notes, *fitted.warnings]
     for warning in warnings:
         print(f"probe: warning: {warning}", file=sys.stderr)
@@ -149,6 +157,7 @@ def fit_data(config: FitLinearConfig, data: Data, notes: Sequence[str] = ()) -> 
         "val_is_given": data.splits.val_is_given,
         **fitted.facts,
         **({} if data.multi_label else {"baseline": _baseline(data, fitted.view)}),
+        **extra,
         "warnings": warnings,
     }
 
@@ -188,7 +197,19 @@ def describe(metrics: dict[str, Any]) -> str:
         lines.append(f"{metrics['num_neighbours']} neighbours")
     else:
         lines.append(f"λ {metrics['penalty']:.3g}, least squares in closed form")
+    for line in metrics.get("few_shot", []):
+        lines.append(f"{line['shots']} shots: accuracy {line['accuracy']:.4f}{_deviation(line)}")
+    if curve := metrics.get("learning_curve"):
+        for line in curve["points"]:
+            lines.append(f"{line['n']:,} labels: accuracy {line['accuracy']:.4f}{_deviation(line)}")
+        for line in curve["extrapolation"]:
+            low, high = line["interval_95"]
+            lines.append(f"{line['n']:,} labels, expected: {line['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})")
     return "\n".join(lines + [f"warning: {warning}" for warning in metrics["warnings"]])
+
+
+def _deviation(line: dict[str, Any]) -> str:
+    return "" if line["deviation"] is None else f" ± {line['deviation']:.4f} over seeds"
 
 
 def _c(metrics: dict[str, Any]) -> str:

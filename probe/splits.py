@@ -1,11 +1,9 @@
 """Which rows train, which choose, and which are opened once at the end."""
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 from probe.errors import InputError
 
@@ -80,12 +78,7 @@ def assign_folds(
     if grouped:
         assert groups is not None
         numbers = _group_numbers(groups)
-        strata = labels if labels.ndim == 1 else labels.sum(axis=1)
-        splitter = StratifiedGroupKFold(min(num_folds, len(set(numbers.tolist()))), shuffle=True, random_state=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of classes with few rows: ours to say
-            for fold, (_, rows) in enumerate(splitter.split(strata, strata, numbers)):
-                folds[rows] = fold
+        folds = _deal_groups(labels if labels.ndim == 1 else labels.sum(axis=1), numbers, num_folds, rng)
     else:
         numbers = np.arange(num_rows)
         strata = labels if labels.ndim == 1 else np.zeros(num_rows, int)
@@ -99,6 +92,25 @@ def assign_folds(
                 folds[np.isin(numbers, numbers[side])] = -1
     few = [c for c, member in enumerate(members) if 0 < member.sum() < num_folds]
     return folds, np.unique(labels)[few] if labels.ndim == 1 else np.array(few, int)
+
+
+def _deal_groups(labels: np.ndarray, numbers: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.ndarray:
+    """[N] int32 folds: the largest groups first, each to the fold that has the least of its classes, then of rows."""
+    _, labels = np.unique(labels, return_inverse=True)
+    order = np.argsort(numbers, kind="stable")
+    groups = np.split(order, np.nonzero(np.diff(numbers[order]))[0] + 1)
+    rng.shuffle(groups)
+    groups.sort(key=len, reverse=True)
+    share = 1 / np.bincount(labels)  # a row counts as part of its class
+    held = np.zeros((num_folds, len(share)))
+    folds = np.empty(len(labels), np.int32)
+    for rows in groups:
+        classes, counts = np.unique(labels[rows], return_counts=True)
+        like = held[:, classes] @ (counts * share[classes])
+        fold = min(range(num_folds), key=lambda f: (round(float(like[f]), 12), round(float(held[f].sum()), 12)))
+        held[fold, classes] += counts * share[classes]
+        folds[rows] = fold
+    return folds
 
 
 def _group_numbers(groups: np.ndarray) -> np.ndarray:
@@ -146,9 +158,9 @@ def _hold_out(labels: np.ndarray, groups: np.ndarray | None, fraction: float, se
     held = np.zeros(len(labels), bool)
     if groups is not None and (groups != "").any():
         group_of_row = _group_numbers(groups)
-        folds = StratifiedGroupKFold(max(2, round(1 / fraction)), shuffle=True, random_state=seed)
-        for _, rows in folds.split(labels, labels, group_of_row):
-            held[rows] = True
+        folds = _deal_groups(labels, group_of_row, max(2, round(1 / fraction)), rng)
+        for fold in range(folds.max() + 1):
+            held[folds == fold] = True
             for label in np.setdiff1d(labels, labels[~held]):  # a class in one group alone must be trained on
                 held[np.isin(group_of_row, group_of_row[labels == label])] = False
             if held.any():

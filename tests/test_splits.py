@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probe.errors import InputError
-from probe.splits import resolve_splits
+from probe.splits import assign_folds, resolve_splits
 
 NAMES = ("ant", "bee", "cat", "dog")
 
@@ -77,3 +77,34 @@ def test_a_class_of_one_group_stays_in_train():
 def test_what_cannot_be_learned_from_is_refused(labels, splits, message):
     with pytest.raises(InputError, match=message):
         resolve(labels, splits)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rest=st.lists(st.integers(0, 3), max_size=40),
+    num_folds=st.integers(2, 6),
+    group_size=st.sampled_from([0, 1, 3]),
+    seed=st.integers(0, 100),
+)
+def test_a_fold_that_is_left_out_leaves_every_class_behind(rest, num_folds, group_size, seed):
+    labels = np.array([0, 1, *rest])
+    groups = np.array([f"g{row // group_size}" if group_size else "" for row in range(len(labels))])
+    folds, few = assign_folds(labels, groups, num_folds, seed=seed)
+    for fold in set(folds.tolist()) - {-1}:
+        assert set(labels[folds != fold]) == set(labels)
+    for group in set(groups) - {""}:
+        assert len(set(folds[groups == group].tolist())) == 1
+    assert few.tolist() == [label for label in np.unique(labels) if (labels == label).sum() < num_folds]
+    if not group_size:
+        for label in np.unique(labels):
+            counts = np.bincount(folds[labels == label] + 1, minlength=num_folds + 1)[1:]
+            assert counts.max() - counts.min() <= 1
+
+
+def test_folds_of_rows_with_several_labels_leave_every_label_behind():
+    labels = np.random.default_rng(0).random((40, 3)) < [0.5, 0.9, 0.05]
+    labels[0, 2] = True
+    folds, _ = assign_folds(labels, None, 5, seed=0)
+    for fold in set(folds.tolist()) - {-1}:
+        rest = labels[folds != fold]
+        assert (rest.any(axis=0) & ~rest.all(axis=0)).all()

@@ -131,11 +131,11 @@ def our_fit(features: np.ndarray, labels: np.ndarray, penalty: float) -> tuple[n
     return solution.kernel, solution.bias, f"{solution.num_iterations} iterations, converged {solution.converged}"
 
 
-def our_path(features: np.ndarray, labels: np.ndarray, tolerance: float = 1e-4) -> str:
+def our_path(features: np.ndarray, labels: np.ndarray) -> str:
     """The whole path by cross-validation, and the final fit at the λ of least loss."""
     folds = np.arange(len(labels)) % NUM_FOLDS
     problem = Problem(features, labels, int(labels.max()) + 1, folds=folds)
-    path = problem.path(PENALTIES.tolist(), range(NUM_FOLDS), tolerance=tolerance)
+    path = problem.path(PENALTIES.tolist(), range(NUM_FOLDS))
     best = int(path.nll.mean(axis=1).argmin())
     solution = problem.fit(float(PENALTIES[best]), start=path.heads[best].mean(axis=0))
     passes = int(path.num_iterations.sum(axis=0).max())
@@ -147,8 +147,8 @@ def choice_by_tolerance(features: np.ndarray, labels: np.ndarray) -> None:
     """Shows that the accuracy of the fits that choose does not change the choice."""
     folds = np.arange(len(labels)) % NUM_FOLDS
     problem = Problem(features, labels, int(labels.max()) + 1, folds=folds)
-    paths = {t: problem.path(PENALTIES.tolist(), range(NUM_FOLDS), tolerance=t) for t in (1e-3, 1e-4, 1e-6)}
-    finest = paths[1e-6]
+    paths = {t: problem.path(PENALTIES.tolist(), range(NUM_FOLDS), tolerance=t) for t in (1e-4, 1e-5, 1e-7)}
+    finest = paths[1e-7]
     print("\nfits that choose, by tolerance: λ of least loss, of most accuracy, largest change of loss, of accuracy")
     for tolerance, path in paths.items():
         losses, accuracies = path.nll.mean(axis=1), path.accuracy.mean(axis=1)

@@ -1,0 +1,143 @@
+"""How good the linear head would be with fewer labels: few-shot tables and learning curves.
+
+Every fit here uses training rows alone: λ is chosen by folds of the rows that were drawn (one row a class leaves
+nothing to choose by), and validation rows are never merged into them. What is drawn for a seed depends on the labels,
+the number and the seed alone, and smaller draws are parts of larger ones. All heads are judged on the same rows: test,
+else a given validation split.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from probe.config import FitLinearConfig
+from probe.convex import fit_convex
+from probe.errors import InputError
+from probe.heads import TrainedHead, class_logits
+from probe.protocol import Data
+from probe.scaling import Scaling
+from probe.solver import Problem
+from probe.splits import Splits, assign_folds
+
+_STEPS = 6  # points of a learning curve, each twice the rows of the one before
+_RATES = np.linspace(0.1, 1.5, 57)  # exponents that are tried for the power law
+_RESAMPLES = 200
+
+
+def draw(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
+    """Row indices, ascending: of class c the first counts[c] in an order that the seed alone decides.
+
+    Args:
+      labels: [N] integers; counts: [C], at most as many as the class has.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rows = [order[labels[order] == label][:count] for label, count in enumerate(counts)]
+    return np.sort(np.concatenate(rows))
+
+
+def few_shot(config: FitLinearConfig, data: Data) -> list[dict[str, Any]]:
+    """Accuracy with `shots` rows of each class: mean and deviation over seeds, and each seed's.
+
+    Raises: InputError if a class has fewer rows than the most shots, naming it.
+    """
+    available = np.bincount(data.labels[data.splits.train], minlength=data.num_classes)
+    short = [f"{name!r} has {n}" for name, n in zip(data.class_names, available, strict=True) if n < max(config.shots)]
+    if short:
+        raise InputError(
+            f"--shots {max(config.shots)} needs as many training rows of each class, but {', '.join(short)}. "
+            "Ask for fewer shots, or add examples."
+        )
+    table = []
+    for shots in config.shots:
+        counts = np.full(data.num_classes, shots)
+        accuracies = [_accuracy(config, data, counts, config.seed + i) for i in range(config.seeds)]
+        table.append({"shots": shots, **_summary(accuracies)})
+    return table
+
+
+def learning_curve(config: FitLinearConfig, data: Data) -> dict[str, Any]:
+    """Accuracy against the number of labels, and what twice and four times as many would give.
+
+    The error is fitted as a + b·n^-c with a, b >= 0; the interval of an extrapolation is the middle 95 % of those
+    from resampled seeds, and does not know whether the law holds.
+    """
+    labels = data.labels[data.splits.train]
+    available = np.bincount(labels, minlength=data.num_classes)
+    points: list[dict[str, Any]] = []
+    for step in reversed(range(_STEPS)):
+        counts = np.maximum(available // 2**step, np.minimum(available, 2))
+        if not points or counts.sum() > points[-1]["n"]:
+            accuracies = [_accuracy(config, data, counts, config.seed + i) for i in range(config.seeds)]
+            points.append({"n": int(counts.sum()), **_summary(accuracies)})
+    sizes = np.array([point["n"] for point in points], float)
+    every = np.array([point["accuracies"] for point in points])
+    return {"points": points, "extrapolation": extrapolate(sizes, every, sizes[-1] * np.array([2, 4]), config.seed)}
+
+
+def extrapolate(sizes: np.ndarray, accuracies: np.ndarray, wanted: np.ndarray, seed: int) -> list[dict[str, Any]]:
+    """Accuracies that the power law gives at other sizes.
+
+    Args:
+      sizes: [P]; accuracies: [P, S] of S seeds; wanted: sizes asked for; seed: of the resampling.
+    """
+    rng = np.random.default_rng(seed)
+    best = 1 - _power_law(sizes, 1 - accuracies.mean(axis=1), wanted)
+    num_seeds = accuracies.shape[1]
+    drawn = []
+    for _ in range(_RESAMPLES):
+        seeds = rng.integers(0, num_seeds, accuracies.shape)
+        drawn.append(1 - _power_law(sizes, 1 - np.take_along_axis(accuracies, seeds, axis=1).mean(axis=1), wanted))
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return [
+        {"n": int(n), "accuracy": float(a), "interval_95": [float(lo), float(hi)]}
+        for n, a, lo, hi in zip(wanted, best, low, high, strict=True)
+    ]
+
+
+def _power_law(sizes: np.ndarray, errors: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """a + b·n^-c by least squares, a and b not negative, at the sizes wanted."""
+    fits = []
+    for rate in _RATES:
+        scaled = (sizes / sizes[-1]) ** -rate
+        coefficients, residual = nnls(np.stack([np.ones_like(scaled), scaled], axis=1), errors)
+        fits.append((residual, rate, coefficients))
+    _, rate, (floor, slope) = min(fits, key=lambda fit: fit[0])
+    return np.asarray(floor + slope * (wanted / sizes[-1]) ** -rate)
+
+
+def _accuracy(config: FitLinearConfig, data: Data, counts: np.ndarray, seed: int) -> float:
+    """Of the head that the drawn rows alone give."""
+    train = data.splits.train[draw(data.labels[data.splits.train], counts, seed)]
+    judged = data.splits.test if len(data.splits.test) else data.splits.val
+    if not len(judged):
+        raise InputError("--shots and --learning-curve need a test or a val split to judge on: hold some rows out.")
+    splits = Splits(train, np.zeros(0, int), data.splits.test, val_is_given=False)
+    folds = np.full(len(data.labels), -1, np.int32)
+    folds[train], _ = assign_folds(data.labels[train], None, min(config.folds, len(train)), seed=seed)
+    if (folds[train] >= 0).any():
+        fitted = fit_convex(config, dataclasses.replace(data, splits=splits, folds=folds))
+        view, head = fitted.view, fitted.head
+    else:
+        view, head = config.views[0], _fit_without_choice(config, data, train)
+    logits = np.asarray(class_logits(head.apply(data.embeddings[view][judged])))
+    return float((logits.argmax(axis=1) == data.labels[judged]).mean())
+
+
+def _fit_without_choice(config: FitLinearConfig, data: Data, rows: np.ndarray) -> TrainedHead:
+    """One row of each class: none can be left out, and λ is the features' mean variance."""
+    embeddings = data.embeddings[config.views[0]][rows]
+    scaling = Scaling.of(embeddings, config.scalings[0])
+    problem = Problem(scaling.apply(embeddings), data.labels[rows], data.num_classes)
+    return TrainedHead((), scaling.fold(problem.fit(problem.mean_variance).params))
+
+
+def _summary(accuracies: Sequence[float]) -> dict[str, Any]:
+    several = len(accuracies) > 1
+    return {
+        "accuracy": float(np.mean(accuracies)),
+        "deviation": float(np.std(accuracies, ddof=1)) if several else None,
+        "accuracies": list(accuracies),
+    }
