@@ -6,6 +6,9 @@ Every format has the same columns, and what was exported can be imported again:
     label              names of classes (.parquet), or labels: integers beside class_names (.npz, .h5)
     name, split, group          text; on the way in any of them may be missing
     key                [N, 32]  SHA-256 of each image's bytes (only written)
+
+No file that is imported can run code, reach other files or take more memory than it stores many times over. But the
+C library that parses .h5 has had flaws: import such files from people you trust.
 """
 
 import csv
