@@ -6,6 +6,7 @@
     preprocessor_config.json  how a picture becomes the backbone's input
     config.json           the configuration that made the run, and the versions that ran it
     metrics.json          its figures
+    seen.safetensors      content keys of the rows that fitted or chose: on these it must not be judged
     predictions.safetensors    what it answered to each row that may judge it (see `probe.predictions`)
     backbone/             the weights, where they were fine-tuned or asked for; else name, revision and
                           fingerprint in classifier.json say which backbone is meant
@@ -26,15 +27,16 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from probe import storage
 from probe.errors import CorruptError, InputError, MismatchError
 from probe.heads import TrainedHead
-from probe.storage import atomic_folder
 
 if TYPE_CHECKING:
     from probe.backbones import Backbone
 
 FORMAT_VERSION = 1
 _MANIFEST, _CLASSIFIER, _HEAD = "manifest.json", "classifier.json", "head.safetensors"
+_PREPROCESSOR, _SEEN = "preprocessor_config.json", "seen.safetensors"
 _BACKBONE_FOLDER = "backbone"
 _PACKAGES = ("probe-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "pillow")
 
@@ -49,6 +51,32 @@ class BackboneReference:
     """Commit hash of a hub id."""
     fingerprint: str
     """Hex SHA-256 of config, weights and preprocessing: what makes two backbones the same."""
+
+    def load(self, name: str | None = None) -> "Backbone":
+        """Loads the backbone that is meant.
+
+        Args:
+          name: hub id or folder, where it is not where it was.
+        Raises: MismatchError if what is found there is another backbone; InputError if nothing is.
+        """
+        from probe.backbones import load_backbone
+
+        try:
+            found = load_backbone(name) if name else load_backbone(self.name, revision=self.revision)
+        except InputError as err:
+            if name:
+                raise
+            raise InputError(
+                f"the backbone {self.name!r} cannot be loaded: {str(err).rstrip('.')}. "
+                "If it has moved, say where it is with --backbone."
+            ) from err
+        if found.fingerprint != self.fingerprint:
+            raise MismatchError(
+                f"{found.name}: its fingerprint is {found.fingerprint[:12]}, but the head was trained on "
+                f"{self.name!r} with fingerprint {self.fingerprint[:12]}: weights, config or preprocessing differ. "
+                "Give the original with --backbone, or train again on this one."
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +95,8 @@ class Bundle:
     backbone: BackboneReference
     finetuned: bool
     preprocessor_config: dict[str, Any]
+    seen: frozenset[bytes]
+    """SHA-256 of each image that fitted this classifier or chose between it and others."""
 
     def load_backbone(self, name: str | None = None) -> "Backbone":
         """Loads the backbone that the head was trained on.
@@ -75,28 +105,10 @@ class Bundle:
           name: hub id or folder, where the backbone is not where it was when the run was made.
         Raises: MismatchError if what is found there is another backbone; InputError if nothing is.
         """
-        from probe.backbones import load_backbone
-
         own_copy = self.folder / _BACKBONE_FOLDER
         if name is None and own_copy.is_dir():
-            found = load_backbone(str(own_copy))
-        elif name is None:
-            try:
-                found = load_backbone(self.backbone.name, revision=self.backbone.revision)
-            except InputError as err:
-                raise InputError(
-                    f"{self.folder}: its backbone {self.backbone.name!r} cannot be loaded: {err} "
-                    "If it has moved, say where it is with --backbone."
-                ) from err
-        else:
-            found = load_backbone(name)
-        if found.fingerprint != self.backbone.fingerprint:
-            raise MismatchError(
-                f"{found.name}: its fingerprint is {found.fingerprint[:12]}, but {self.folder} was trained "
-                f"on {self.backbone.name!r} with fingerprint {self.backbone.fingerprint[:12]}: weights, config "
-                "or preprocessing differ. Give the original with --backbone, or train again on this one."
-            )
-        return found
+            name = str(own_copy)
+        return self.backbone.load(name)
 
 
 def save(
@@ -112,6 +124,7 @@ def save(
     multi_label: bool = False,
     config: dict[str, Any],
     metrics: dict[str, Any],
+    seen: np.ndarray | None = None,
     files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -125,9 +138,10 @@ def save(
       backbone_copy: the backbone to write into the folder, fine-tuned or bundled.
       config: the verb's configuration as JSON values.
       metrics: what goes into metrics.json.
+      seen: [n, 32] uint8, content keys of the rows that fitted or chose.
       files: further files of the run, name to content (say, history.csv).
-      overwrite: replace what stands under `out`.
-    Raises: InputError if `out` exists and `overwrite` is false; StorageError if the disk fails.
+      overwrite: replace an earlier run under `out`.
+    Raises: InputError as `require_free` does; StorageError if the disk fails.
     """
     assert backbone_copy is not None or not finetuned, "tuned weights exist nowhere else"
     classifier = {
@@ -142,12 +156,13 @@ def save(
     contents = {
         _CLASSIFIER: _json_bytes(classifier),
         _HEAD: safetensors.numpy.save(_flat_arrays(head.params)),
-        "preprocessor_config.json": _json_bytes(preprocessor_config),
+        _PREPROCESSOR: _json_bytes(preprocessor_config),
         "config.json": _json_bytes({**config, "versions": versions()}),
         "metrics.json": _json_bytes(metrics),
+        _SEEN: safetensors.numpy.save({"keys": np.zeros((0, 32), np.uint8) if seen is None else seen}),
         **(files or {}),
     }
-    with atomic_folder(out, overwrite=overwrite) as folder:
+    with storage.atomic_folder(out, replacing=_CLASSIFIER if overwrite else None) as folder:
         for name, content in contents.items():
             (folder / name).write_bytes(content)
         if backbone_copy is not None:
@@ -158,6 +173,11 @@ def save(
             str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }
         (folder / _MANIFEST).write_bytes(_json_bytes(manifest))
+
+
+def require_free(out: Path, *, overwrite: bool) -> None:
+    """Checks, before any work is done, that `save` may write `out`. Raises: InputError."""
+    storage.require_free(out, replacing=_CLASSIFIER if overwrite else None)
 
 
 def load(run: Path) -> Bundle:
@@ -175,9 +195,7 @@ def load(run: Path) -> Bundle:
     except (ValueError, AttributeError, TypeError) as err:
         raise CorruptError(f"{run / _MANIFEST}: damaged: {err}. Train again, or restore the file.") from err
     faults += [
-        f"{name}: not in {_MANIFEST}"
-        for name in (_CLASSIFIER, _HEAD, "preprocessor_config.json")
-        if name not in manifest
+        f"{name}: not in {_MANIFEST}" for name in (_CLASSIFIER, _HEAD, _PREPROCESSOR, _SEEN) if name not in manifest
     ]
     if faults:
         raise CorruptError(f"{run}: {'; '.join(faults)}. Restore the run folder from a copy, or train again.")
@@ -198,7 +216,8 @@ def load(run: Path) -> Bundle:
         ),
         backbone=BackboneReference(**classifier["backbone"]),
         finetuned=classifier["finetuned"],
-        preprocessor_config=json.loads((run / "preprocessor_config.json").read_bytes()),
+        preprocessor_config=json.loads((run / _PREPROCESSOR).read_bytes()),
+        seen=frozenset(map(bytes, safetensors.numpy.load((run / _SEEN).read_bytes())["keys"])),
     )
 
 
@@ -224,4 +243,4 @@ def _sha256(path: Path) -> str:
 
 
 def _json_bytes(value: Any) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"  # ASCII: a name may be no text at all

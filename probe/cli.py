@@ -4,6 +4,7 @@ jax is imported inside the verb, so that `--help` answers at once.
 """
 
 import importlib.metadata
+import io
 import json
 import os
 import signal
@@ -47,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: the exit code, as the table in `probe.errors` has it.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a λ must not end a finished run
     if arguments == ["--version"]:
         print(f"probe {importlib.metadata.version('probe-jax')}")
         return 0
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args=arguments,
         )
         result, text = run_interruptibly(lambda: _run(config))
-        print(json.dumps(result, ensure_ascii=False) if config.json else text, flush=True)
+        print(json.dumps(result) if config.json else text, flush=True)
     except BrokenPipeError:  # whoever read our output has enough: `probe predict … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -73,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(config: object) -> tuple[dict[str, Any], str]:
     verb, describe = _verb_of(config)
     result = verb(config)
-    return result, describe(result)
+    text = describe(result)
+    if isinstance(config, configs.FitLinearConfig | configs.FinetuneConfig):
+        text += f"\nsaved in {config.out}: classify with `probe predict {config.out} IMAGES`"
+    return result, text
 
 
 def _verb_of(config: object) -> tuple[_Verb, _Describe]:

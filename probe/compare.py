@@ -96,7 +96,7 @@ def _answers(run: Path, split: str) -> Predictions:
     chosen = answers.take(answers.splits == split)
     if not chosen.names:
         there = ", ".join(sorted(set(answers.splits.tolist()))) or "no split"
-        raise InputError(f"{run}: it holds no answers to {split} rows, but to {there}. Pass --split, or train again.")
+        raise InputError(f"{run}: it holds no answers to {split} rows, but to {there}: give one of these to --split")
     return chosen
 
 

@@ -47,7 +47,8 @@ class EmbedConfig:
     """Run the backbone once over every image and cache the embeddings; run it again to continue or to update."""
 
     images: Positional[Path]
-    """Images: folders root/class/* or root/{train,val,test}/class/*, a manifest, tar shards, or a zip file."""
+    """Folders root/class/* or root/{train,val,test}/class/*; a .csv, .tsv, .jsonl or .parquet manifest; .tar shards
+    in WebDataset layout; a .zip file; or what Hugging Face datasets saved."""
     backbone: str
     """Hub id (openai/clip-vit-base-patch32, or with @revision) or a local folder in Hugging Face layout."""
     out: Path
@@ -62,6 +63,16 @@ class EmbedConfig:
     """What an unreadable image does: get no row and be reported, or end the run."""
     max_failures: int | None = None
     """End the run, with exit code 4, once more images than this have failed (default: no limit)."""
+    image_root: Path | None = None
+    """What a manifest's paths are relative to (default: the folder that it is in)."""
+    path_column: str | None = None
+    """Column of a manifest that names the image (default: path or file_name)."""
+    label_column: UseAppendAction[tuple[str, ...]] = ()
+    """Column with the class or classes; several, each given by the option again, say yes or no (default: label)."""
+    split_column: str | None = None
+    """Column with train, val or test (default: split, where there is one)."""
+    group_column: str | None = None
+    """Column of what must stay on one side of a split, as a patient (default: group, where there is one)."""
     retry_failed: Flag = False
     """Try again what failed in earlier runs; else only changed files are tried again."""
     verify_content: Flag = False
@@ -261,6 +272,7 @@ class FitLinearConfig:
                 valid = weight.replace(".", "", 1).isdigit() and float(weight) > 0
                 _require(valid, "class-weights", "balanced, or NAME=WEIGHT with a weight above 0", item)
         _require(all(shots >= 1 for shots in self.shots), "shots", "numbers of at least 1", self.shots)
+        _require(self.seed >= 0, "seed", "zero or more", self.seed)
         _require(self.seeds >= 1, "seeds", "at least 1", self.seeds)
         if not searched:
             _require(not self.shots, "shots", "left out except with lbfgs", self.shots)
@@ -364,6 +376,8 @@ class FinetuneConfig:
     """Go on with a run that was cut off, to the bit."""
     val_fraction: float = 0.2
     """Share of train held out, stratified, to choose the epoch where there is no validation split."""
+    bundle_backbone: Flag = False
+    """Copy the backbone into the run folder even if it was not changed."""
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable image does: be left out and reported, or end the run."""
     num_workers: int | None = None
@@ -374,6 +388,7 @@ class FinetuneConfig:
     """Print metrics.json to stdout."""
 
     def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", "zero or more", self.seed)
         _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
         _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
         if self.backbone_lr is not None:

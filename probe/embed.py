@@ -42,7 +42,7 @@ from probe.errors import ConfigError, FailedImagesError, InputError, StorageErro
 from probe.estimate import describe_estimate, estimate, spread
 from probe.images import ImageError, LoadedImage, load_images
 from probe.progress import Progress
-from probe.sources import Example, Source, check_labels, display_name, open_source
+from probe.sources import Columns, Example, Source, check_labels, display_name, open_source
 
 _BATCH_SIZE = 32
 _SHARD_ROWS_CPU, _SHARD_ROWS = 1024, 16384  # about a minute of a CPU's work, 50 MB of 768 float32
@@ -60,7 +60,10 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
       another way; StorageError, CorruptError, OutOfMemoryError, Interrupted.
     """
     started = time.monotonic()
-    source = open_source(config.images)
+    columns = Columns(
+        path=config.path_column, labels=config.label_column, split=config.split_column, group=config.group_column
+    )
+    source = open_source(config.images, columns=columns, image_root=config.image_root)
     if all(example.labels for example in source.examples):
         check_labels(source)
     _check_writable(config.out)

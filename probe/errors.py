@@ -12,7 +12,7 @@
 | 7 | the disk is full, read-only or failing | `StorageError` |
 | 8 | the numbers broke down: a non-finite loss, an optimum that does not exist | `NumericalError` |
 | 9 | the device ran out of memory | `OutOfMemoryError` |
-| 130, 141, 143 | ended by Ctrl-C, a closed pipe or SIGTERM; what was sealed so far is kept | `Interrupted` |
+| 130, 141, 143 | ended by Ctrl-C, a closed pipe or SIGTERM; what is in a cache or checkpoint is kept | `Interrupted` |
 
 A message says what was wrong, where, and what to do about it.
 """

@@ -35,12 +35,13 @@ from probe.heads import Classifier, TrainedHead
 from probe.metrics import summarize
 from probe.progress import Progress
 from probe.rates import RateOptions, make_rules
-from probe.sources import check_labels, open_source
+from probe.sources import check_labels, display_name, open_source
 from probe.splits import Splits, resolve_splits
 from probe.start import VIEW, embed_rows, solve_head, zero_head
-from probe.storage import require_free
 
 T = TypeVar("T")
+
+_FAILURES_SHOWN = 20
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     then,
       but the checkpoints stay.
     """
-    require_free(config.out, overwrite=config.overwrite)
+    bundle.require_free(config.out, overwrite=config.overwrite)
     _require_no_checkpoints(config)
     _options(config, AugmentConfig)
     source = open_source(config.images)
@@ -82,7 +83,10 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     alpha, epoch = (0.0, 0) if found["kept"] == "probe" else (judged.choice.alpha, judged.choice.epoch)
 
     val_logits = probe_logits if found["kept"] == "probe" else judged.interpolated
-    answers = {} if val_logits is None else {"val": (rows.val, val_logits)}
+    unjudged = "too few rows to choose and to judge" if val_logits is None else None
+    if _start_has_seen(config, images.keys[rows.val]):
+        unjudged = f"{config.init} was fitted or chosen on some of these rows: start from --init probe for a figure"
+    answers = {"val": (rows.val, val_logits)} if unjudged is None and val_logits is not None else {}
     if len(rows.test):
         answers["test"] = (rows.test, tuning.logits(alpha, epoch, rows.test))
     names, true = source.class_names, images.labels
@@ -90,15 +94,16 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     metrics = {
         "splits": {
             "train": summarize(train_logits, true[rows.train], names, full=False),
-            "val": {"n": len(rows.val), "accuracy": None, "nll": None},
+            "val": {"n": len(rows.val), "accuracy": None, "nll": None, "why": unjudged},
             **{split: summarize(logits, true[of], names) for split, (of, logits) in answers.items()},
         },
         "val_is_given": rows.val_is_given,
-        "val_figure": "cross-fitted: each half of validation judged with the epoch and α that the other half chose",
+        "val_figure": "cross-fitted: each half of validation judged with the epoch and α that the other half chose; "
+        "whether the probe or the fine-tuned classifier is kept was decided on all of it",
         "verdict": found,
         "probe": facts,
-        "chosen_epoch": result.history[judged.choice.epoch].epoch,
-        "chosen_alpha": judged.choice.alpha,
+        "chosen_epoch": 0 if found["kept"] == "probe" else result.history[epoch].epoch,  # 0 is the start
+        "chosen_alpha": alpha,
         "wise_curve": [
             # these rows chose: the curve is for the eye, the verdict is for quoting
             {"alpha": alpha, **_pick(summarize(logits, result.val_labels, names, full=False), "accuracy", "nll")}
@@ -115,26 +120,43 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         keys=images.keys,
         labels=true,
     )
-    _save(config, loaded, backbone, start, names, tuning.variables(alpha, epoch), metrics, kept)
+    fitted_or_chose = np.concatenate([rows.train, rows.val])
+    _save(
+        config,
+        loaded,
+        backbone,
+        start,
+        names,
+        tuning.variables(alpha, epoch),
+        metrics,
+        kept,
+        images.keys[fitted_or_chose],
+    )
     shutil.rmtree(_checkpoint_folder(config), ignore_errors=True)
     return metrics
 
 
 def describe(metrics: dict[str, Any]) -> str:
     """The lines printed on stdout."""
-    lines = [f"{len(metrics['failures'])} images could not be read"] if metrics["failures"] else []
-    lines.append(
-        f"epoch {metrics['chosen_epoch']} of {len(metrics['history'])}, "
-        f"α {metrics['chosen_alpha']:g} of the way from the start"
-    )
+    lines = [
+        f"left out: {display_name(failure['path'])}: {failure['detail']} ({failure['reason']})"
+        for failure in metrics["failures"][:_FAILURES_SHOWN]
+    ]
+    if metrics["failures"]:
+        lines.append(f"{len(metrics['failures'])} images could not be read; metrics.json lists them all")
+    if metrics["chosen_epoch"]:
+        lines.append(
+            f"epoch {metrics['chosen_epoch']} of {len(metrics['history'])}, "
+            f"α {metrics['chosen_alpha']:g} of the way from the start"
+        )
     for split, figures in metrics["splits"].items():
         if figures["accuracy"] is None:
-            lines.append(f"{split:<5}  n {figures['n']}: too few to choose and to judge")
+            lines.append(f"{split:<5}  n {figures['n']:,}: no figure: {figures['why']}")
         else:
             low, high = figures["accuracy_interval_95"]
             lines.append(
-                f"{split:<5}  n {figures['n']:,}  accuracy {figures['accuracy']:.4f} "
-                f"[{low:.4f}, {high:.4f}]  nll {figures['nll']:.4f}"
+                f"{split:<5}  accuracy {figures['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})"
+                f"  nll {figures['nll']:.4f}  n {figures['n']:,}"
             )
     found = metrics["verdict"]
     if "probe" in found:
@@ -325,6 +347,13 @@ def _given_head(config: FinetuneConfig, class_names: tuple[str, ...], backbone: 
     return run.head
 
 
+def _start_has_seen(config: FinetuneConfig, keys: np.ndarray) -> bool:
+    """Whether the run that training starts from was fitted or chosen on images of these content keys, [n, 32]."""
+    if config.init in ("probe", "zeros"):
+        return False
+    return not bundle.load(Path(config.init)).seen.isdisjoint(map(bytes, keys))
+
+
 def _probe(
     config: FinetuneConfig, backbone: Backbone, images: ImageRows, rows: Splits
 ) -> tuple[TrainedHead, dict[str, Any]]:
@@ -396,12 +425,14 @@ def _save(
     variables: tuple[dict[str, Any], dict[str, Any]],
     metrics: dict[str, Any],
     answers: predictions.Predictions,
+    seen: np.ndarray,
 ) -> None:
     params, model_state = variables
     tuned = dataclasses.replace(backbone, variables=backbone_variables(params, model_state))
     changed = tuned.fingerprint != loaded.fingerprint
     bundle.save(
         config.out,
+        seen=seen,
         head=TrainedHead(hidden=start.hidden, params=jax.tree.map(np.asarray, params["head"])),
         class_names=class_names,
         view=VIEW,
@@ -411,7 +442,7 @@ def _save(
             fingerprint=tuned.fingerprint,
         ),
         preprocessor_config=backbone.preprocessing.to_config(),
-        backbone_copy=tuned if changed else None,
+        backbone_copy=tuned if changed or config.bundle_backbone else None,
         finetuned=changed,
         config=to_json(config),
         metrics=metrics,

@@ -61,7 +61,7 @@ def make_head(num_outputs: int, hidden: tuple[int, ...] = (), *, name: str | Non
 
 
 class Classifier(nn.Module):
-    """Backbone and head in one module: normalised pixels [B, H, W, 3] -> logits [B, num_logits].
+    """Backbone and head in one module: normalised pixels [B, H, W, 3] -> logits [B, num_classes] of the softmax.
 
     Parameters are {"backbone": …, "head": …}, so that pretrained ones can be put in their place and
     partitions can be named by prefix.
@@ -74,8 +74,7 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, pixels: jax.Array, train: bool = False) -> jax.Array:
         embeddings = self.backbone(pixels, train=train).pooler_output
-        logits: jax.Array = make_head(num_logits(self.num_classes), self.hidden, name="head")(embeddings)
-        return logits
+        return class_logits(make_head(num_logits(self.num_classes), self.hidden, name="head")(embeddings))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,6 +103,6 @@ def _signals_heard() -> Iterator[None]:
 
 def _end_now(signum: int) -> NoReturn:
     remove_partials()
-    os.write(2, f"probe: error: stopped by {signal.Signals(signum).name}; what was sealed is kept\n".encode())
+    os.write(2, f"probe: error: stopped by {signal.Signals(signum).name}\n".encode())
     sys.stdout.flush()
     os._exit(128 + signum)

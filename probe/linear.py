@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from probe import bundle, predictions
-from probe.backbones import load_backbone
 from probe.cache import Cache
 from probe.config import FitLinearConfig, to_json
 from probe.convex import fit_convex
@@ -28,7 +27,7 @@ from probe.protocol import Data, Fitted
 from probe.reference import default_decisions
 from probe.ridge import fit_ridge
 from probe.scaling import Scaling
-from probe.splits import assign_folds, resolve_splits
+from probe.splits import Splits, assign_folds, resolve_splits
 
 _NAMED = 5  # how many of many rows a message names
 
@@ -39,19 +38,21 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     Returns: what metrics.json holds.
     Raises: InputError for labels or embeddings that cannot be learned from, and what reading a cache raises.
     """
+    bundle.require_free(config.out, overwrite=config.overwrite)
     cache = Cache.open(config.cache)
-    table = cache.table
-    embeddings: dict[str, np.ndarray] = {view: cache.embeddings(view) for view in config.views}
-    for values in embeddings.values():
-        check_finite(values, table.names)
-    data, notes = make_data(config, embeddings, table.labels, table.splits, table.groups, cache.class_names)
-    fitted, metrics = fit_data(config, data, notes)
-    provenance = cache.provenance
+    table, provenance = cache.table, cache.provenance
     reference = bundle.BackboneReference(
         name=provenance["backbone"],
         revision=provenance["backbone_revision"],
         fingerprint=provenance["backbone_fingerprint"],
     )
+    backbone_copy = reference.load() if config.bundle_backbone else None  # before the work: it may not be there
+    embeddings: dict[str, np.ndarray] = {view: cache.embeddings(view) for view in config.views}
+    for values in embeddings.values():
+        check_finite(values, table.names)
+    data, notes = make_data(config, embeddings, table.labels, table.splits, table.groups, cache.class_names)
+    notes += _leaks(table.keys, data.splits)
+    fitted, metrics = fit_data(config, data, notes)
     answers = predictions.collect(
         _answers(data, fitted),
         class_names=cache.class_names,
@@ -66,10 +67,11 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
         view=fitted.view,
         backbone=reference,
         preprocessor_config=provenance["preprocessor_config"],
-        backbone_copy=load_backbone(reference.name, revision=reference.revision) if config.bundle_backbone else None,
+        backbone_copy=backbone_copy,
         multi_label=data.multi_label,
         config=to_json(config),
         metrics=metrics,
+        seen=table.keys[np.concatenate([data.splits.train, data.splits.val])],
         files={predictions.FILE_NAME: predictions.to_bytes(answers)},
         overwrite=config.overwrite,
     )
@@ -226,6 +228,18 @@ def check_finite(embeddings: np.ndarray, names: Sequence[bytes]) -> None:
             f"{len(rows)} embeddings are not finite: {named}{rest}. Look at these images and at the "
             "backbone's weights, and embed them again."
         )
+
+
+def _leaks(keys: np.ndarray, splits: Splits) -> list[str]:
+    """A note where test images stand, byte for byte, among those that fit or choose: [N, 32] content keys."""
+    seen = set(map(bytes, keys[np.concatenate([splits.train, splits.val])]))
+    leaked = sum(bytes(key) in seen for key in keys[splits.test])
+    if not leaked:
+        return []
+    return [
+        f"{leaked:,} of the {len(splits.test):,} test images are also among those trained or chosen on, byte for byte: "
+        "the test figure is too good. Take them out of one of the splits."
+    ]
 
 
 def _answers(data: Data, fitted: Fitted) -> dict[str, tuple[np.ndarray, np.ndarray]]:

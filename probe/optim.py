@@ -65,11 +65,11 @@ def _assign(params: Params, rules: Mapping[str, Hashable]) -> dict[str, str]:
     idle = sorted(pattern for pattern, matches in covered.items() if not matches)
     if uncovered or idle:
         raise ConfigError(
-            "rules and parameters do not fit together.\n"
-            f"  parameters without a rule: {', '.join(uncovered) or 'none'}\n"
-            f"  rules without a parameter: {', '.join(idle) or 'none'}"
+            "rules and parameters do not fit together; "
+            f"parameters without a rule: {', '.join(uncovered) or 'none'}; "
+            f"rules without a parameter: {', '.join(idle) or 'none'}"
             + (
-                f"\n  the parameters are: {', '.join(sorted({re.sub(r'_[0-9]+', '_*', p) for p in paths}))}"
+                f"; the parameters are: {', '.join(sorted({re.sub(r'_[0-9]+', '_*', p) for p in paths}))}"
                 if idle
                 else ""
             )

@@ -18,7 +18,7 @@ from probe.heads import class_logits
 from probe.images import load_images
 from probe.progress import Progress
 from probe.sources import display_name, open_source
-from probe.storage import atomic_write_bytes, require_free
+from probe.storage import atomic_write_bytes, require_file
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet would run such a cell (OWASP)
 
@@ -33,7 +33,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
       MismatchError and CorruptError as `bundle.load` and `Bundle.load_backbone` do.
     """
     if config.out is not None:
-        require_free(config.out, overwrite=config.overwrite)
+        require_file(config.out, overwrite=config.overwrite)
     classifier = bundle.load(config.run)
     source = open_source(config.images, labelled=False)
     backbone = classifier.load_backbone(config.backbone)

@@ -49,17 +49,17 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replacing: str | None = None) -> Iterator[Path]:
     """Yields an empty folder to fill, which becomes `path` when the block ends without an exception.
 
     Args:
       path: the final name; its parent is made where missing.
-      overwrite: replace what stands there now; it is removed only once the new folder is whole.
+      replacing: as in `require_free`; what is replaced is removed only once the new folder is whole.
     Raises:
-      InputError if `path` exists and `overwrite` is false (checked before the block runs).
+      InputError as `require_free` does, before the block runs.
       StorageError if the disk is full, read-only or failing; nothing is left under `path` then.
     """
-    require_free(path, overwrite=overwrite)
+    require_free(path, replacing=replacing)
     partial = _partial_name(path)
     _in_progress.add(partial)
     try:
@@ -74,7 +74,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             replaced = _partial_name(path)
             os.replace(path, replaced)
             os.replace(partial, path)
-            shutil.rmtree(replaced, ignore_errors=True) if replaced.is_dir() else replaced.unlink()
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.replace(partial, path)
         fsync_folder(path.parent)
@@ -85,10 +85,35 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _in_progress.discard(partial)
 
 
-def require_free(path: Path, *, overwrite: bool) -> None:
-    """Checks before any work is done that `atomic_folder` will be allowed to write `path`. Raises: InputError."""
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+def require_free(path: Path, *, replacing: str | None = None) -> None:
+    """Checks, before any work is done, that `atomic_folder` may write `path`: nothing is there, or what may go.
+
+    Args:
+      replacing: a folder that holds a file of this name is one of ours, which the user asked to overwrite. No other
+        folder is ever replaced: it may be somebody's photos.
+    Raises: InputError if something else is there.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if replacing is None:
         raise InputError(f"{path} exists already: choose another --out, or pass --overwrite to replace it")
+    if not (path / replacing).is_file():
+        raise InputError(
+            f"{path}: --overwrite replaces only what an earlier run wrote, and this holds no {replacing}: it may be "
+            "something else of yours. Choose another --out."
+        )
+
+
+def require_file(path: Path, *, overwrite: bool) -> None:
+    """Checks, before any work is done, that `atomic_write_bytes` may write `path`, and makes its folder.
+
+    Raises: InputError if something is there; StorageError if the folder cannot be made.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give the name of a file to --out")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already: choose another --out, or pass --overwrite to replace it")
+    make_folder(path.parent)
 
 
 def make_folder(folder: Path) -> None:

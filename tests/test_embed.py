@@ -245,6 +245,19 @@ def test_unlabelled_images_are_embedded(config, image_folder: Path) -> None:
     assert Cache.open(config().out).table.labels.tolist() == [-1] * 12
 
 
+def test_a_manifest_with_columns_of_its_own(config, image_folder: Path, tmp_path: Path) -> None:
+    rows = [
+        f"{path.relative_to(image_folder)},{path.parent.name},{path.stem}" for path in image_folder.rglob("00?.png")
+    ]
+    (tmp_path / "list.csv").write_text("\n".join(["photo,colour,patient", *rows]))
+    columns = {"path_column": "photo", "label_column": ("colour",), "group_column": "patient"}
+    summary = embed(config(images=tmp_path / "list.csv", image_root=image_folder, **columns))
+    assert summary["num_embedded"] == len(rows)
+    table = Cache.open(config().out).table
+    assert sorted(set(table.groups.tolist()))[:2] == ["000", "001"]
+    assert set(table.labels.tolist()) == {0, 1, 2}
+
+
 def test_limit_takes_some_of_every_class(config) -> None:
     assert embed(config(limit=6))["num_embedded"] == 6
     table = Cache.open(config().out).table

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import pytest
 
 from probe import steps, train
 from probe.backbones import load_backbone
@@ -15,11 +16,15 @@ from probe.heads import make_head
 SCRIPT = Path(__file__).with_name("guide_script.py")
 
 
-def test_the_guide_step_by_step(tiny_clip, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tiny_clip)])
-    steps = runpy.run_path(str(SCRIPT))
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("tower", ["tiny_clip", "tiny_resnet"])
+def test_the_guide_step_by_step(tower, num_classes, tmp_path, monkeypatch, request):
+    script = tmp_path / SCRIPT.name
+    script.write_text(SCRIPT.read_text().replace("num_classes = 3", f"num_classes = {num_classes}"))
+    monkeypatch.setattr(sys, "argv", [str(script), str(request.getfixturevalue(tower))])
+    steps = runpy.run_path(str(script))
     assert steps["losses"][0] > steps["losses"][-1]
-    assert np.isclose(steps["losses"][0], np.log(3))  # a head of zeros guesses uniformly
+    assert np.isclose(steps["losses"][0], np.log(num_classes))  # a head of zeros guesses uniformly
     pretrained = steps["vision_variables"]["params"]
     # Frozen is bit-equal.
     jax.tree.map(np.testing.assert_array_equal, steps["state"].params["backbone"], pretrained)

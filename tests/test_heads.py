@@ -36,11 +36,11 @@ def test_classifier_parameters_are_partitioned_by_prefix():
         pooler_output: jax.Array
 
     pixels = jnp.ones((2, 4, 4, 3))
-    for num_classes, hidden, outputs in ((2, (), 1), (3, (7,), 3)):
+    for num_classes, hidden in ((2, ()), (3, (7,))):
         model = Classifier(num_classes, Tower(), hidden)
         variables = model.init(jax.random.key(0), pixels)
         assert set(variables["params"]) == {"backbone", "head"}
-        assert model.apply(variables, pixels).shape == (2, outputs)
+        assert model.apply(variables, pixels).shape == (2, num_classes)
 
 
 @settings(max_examples=15, deadline=None)

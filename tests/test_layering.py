@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "probe"
-VERBS = {"probe.embed", "probe.linear", "probe.finetune", "probe.predict", "probe.compare", "probe.cli"}
-ONLY_IMPORTERS = {"h5py": "probe.cache", "tyro": "probe.cli probe.config"}
+VERBS = {
+    f"probe.{verb}" for verb in ("cache_tools", "cli", "compare", "embed", "exchange", "finetune", "linear", "predict")
+}
+ONLY_IMPORTERS = {"h5py": "probe.cache", "tyro": "probe.cli probe.config", "orbax": "probe.checkpoints"}
 
 
 def module_name(path: Path) -> str:

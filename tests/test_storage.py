@@ -87,13 +87,24 @@ def test_a_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_path: 
         (folder / "first").write_text("")
     with pytest.raises(InputError, match=r"exists already.*--overwrite"), storage.atomic_folder(path):
         pytest.fail("the block must not run")
-    with pytest.raises(ZeroDivisionError), storage.atomic_folder(path, overwrite=True):
+    with pytest.raises(ZeroDivisionError), storage.atomic_folder(path, replacing="first"):
         assert 1 / 0
     assert [item.name for item in path.iterdir()] == ["first"]
-    with storage.atomic_folder(path, overwrite=True) as folder:
+    with storage.atomic_folder(path, replacing="first") as folder:
         (folder / "second").write_text("")
     assert [item.name for item in path.iterdir()] == ["second"]
     assert not left_over(tmp_path)
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/holiday.jpg").write_text("")
+    with (
+        pytest.raises(InputError, match=r"holds no run\.json.*Choose another --out"),
+        storage.atomic_folder(tmp_path / "photos", replacing="run.json"),
+    ):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "photos/holiday.jpg").exists()
 
 
 def test_make_folder_makes_each_name_durable(tmp_path: Path) -> None:

@@ -66,13 +66,14 @@ def check_same(found: Manifest, wanted: Manifest, root: Path) -> None:
     """Raises: MismatchError that lists every field in which the cache in `root` is not what is wanted now."""
     if found.fingerprint == wanted.fingerprint:
         return
+    fields = _differences(found.identity, wanted.identity)
     differences = "; ".join(
-        f"{field} is {_spell(theirs)} there and {_spell(ours)} now"
-        for field, theirs, ours in _differences(found.identity, wanted.identity)
+        f"{field} is {_spell(theirs)} there and {_spell(ours)} now" for field, theirs, ours in fields
     )
     raise MismatchError(
-        f"{root}: this cache was made in another way, and new embeddings would not match the old ones: {differences}. "
-        "Give the backbone and the options that the cache was made with, or choose another --out."
+        f"{root}: this cache was made with {found.names.get('backbone')}, in another way than with "
+        f"{wanted.names.get('backbone')} now, and embeddings of both do not go together. Give the backbone and the "
+        f"options that the cache was made with, or choose another --out. Fields that differ: {differences}"
     )
 
 

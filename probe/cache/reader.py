@@ -85,7 +85,7 @@ class Cache:
                 num_shards = -(-len(plan.work) // manifest.shard_rows)
                 raise InputError(
                     f"{root}: embedding has not finished ({len(sealed)} of {num_shards} shards). Run "
-                    "the same `probe embed` again to continue it, or pass --partial to use the rows that are there."
+                    "the same `probe embed` again to continue it."
                 )
             plan = resolve(plan, manifest, {number: load_sidecar(root, path) for number, path in sealed.items()})
         for info in plan.shards:

@@ -36,7 +36,8 @@ def open_source(
         if path.is_dir():
             return _open_folder(path, columns, labelled=labelled)
         if not path.is_file():
-            raise InputError(f"{path} " + ("is neither file nor folder" if path.exists() else "does not exist"))
+            found = "is neither file nor folder" if path.exists() else "does not exist"
+            raise InputError(f"{path} {found}: give a folder of images, a manifest, tar shards or a zip file")
         return _open_file(path, columns, image_root, labelled=labelled)
     except OSError as err:
         raise InputError(f"{path}: cannot be read: {err}") from err

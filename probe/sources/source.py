@@ -18,7 +18,8 @@ from probe.images import ImageError
 
 Split = Literal["train", "val", "test"]
 SPLITS: dict[str, Split] = {
-    "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
 }  # fmt: skip
 
 _SHOWN = 10  # names in an error message, before "and 12 more"
@@ -108,7 +109,9 @@ def check_labels(source: Source) -> None:
     if unlabelled := [e.name for e in source.examples if not e.labels]:
         raise InputError(f"{root}: images without a label: {list_names(unlabelled)}")
     if len(source.class_names) < 2:
-        raise InputError(f"{root}: one class only, {source.class_names[0]!r}: there is nothing to tell apart")
+        raise InputError(
+            f"{root}: one class only, {source.class_names[0]!r}: give each class a folder, or a label, of its own"
+        )
     by_split: dict[str | None, set[str]] = collections.defaultdict(set)
     for example in source.examples:
         by_split[example.split].update(example.labels)
@@ -119,7 +122,7 @@ def check_labels(source: Source) -> None:
         if strange := sorted(by_split[split] - known):
             raise InputError(
                 f"{root}: classes in {split} that train lacks: {list_names(strange)}; "
-                f"train has {list_names(sorted(known))}"
+                f"train has {list_names(sorted(known))}. Add training images of them, or take them out."
             )
 
 
