@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from probe.finetune import finetune as finetune_images
     from probe.heads import Classifier as Classifier
     from probe.linear import fit_linear as fit_linear
-    from probe.optim import partition as partition
     from probe.predict import predict as predict_images
+    from probe.training.optim import partition as partition
 
 # A verb's function has its module's name, and `import probe.embed` would put the module here under that name:
 # hence embed_images.
@@ -47,7 +47,7 @@ _HOMES = {
     "load_backbone": ("probe.backbones", "load_backbone"),
     "load_run": ("probe.bundle", "load"),
     "normalize_pixels": ("probe.backbones", "normalize_pixels"),
-    "partition": ("probe.optim", "partition"),
+    "partition": ("probe.training.optim", "partition"),
     "predict_images": ("probe.predict", "predict"),
     "save_backbone": ("probe.backbones", "save_backbone"),
 }

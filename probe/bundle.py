@@ -7,7 +7,7 @@
     config.json           the configuration that made the run, and the versions that ran it
     metrics.json          its figures
     seen.safetensors      content keys of the rows that fitted or chose: on these it must not be judged
-    predictions.safetensors    what it answered to each row that may judge it (see `probe.predictions`)
+    predictions.safetensors    what it answered to each row that may judge it (see `probe.evaluation.predictions`)
     backbone/             the weights, where they were fine-tuned or asked for; else name, revision and
                           fingerprint in classifier.json say which backbone is meant
 

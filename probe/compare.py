@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from probe import bundle, predictions
+from probe import bundle
 from probe.config import CompareConfig
 from probe.errors import InputError, MismatchError
-from probe.figures import LOSSES
-from probe.paired import compare_answers
-from probe.predictions import Predictions
+from probe.evaluation import predictions
+from probe.evaluation.figures import LOSSES
+from probe.evaluation.paired import compare_answers
+from probe.evaluation.predictions import Predictions
 from probe.sources import display_name, list_names
 
 _CHANGES = ("fixed", "broken", "other")

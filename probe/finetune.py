@@ -23,21 +23,23 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from probe import bundle, optim, predictions, sharding, steps, train, verdict
-from probe.augment import AugmentConfig
+from probe import bundle
 from probe.backbones import Backbone, load_backbone
 from probe.backbones.resize import resize_backbone
 from probe.config import FinetuneConfig, to_json
-from probe.decoded import ImageRows
 from probe.errors import ConfigError, InputError, MismatchError
-from probe.full import backbone_variables, classifier_variables, make_apply_fn, make_prepare
+from probe.evaluation import predictions
+from probe.evaluation.metrics import summarize
 from probe.heads import Classifier, TrainedHead
-from probe.metrics import summarize
 from probe.progress import Progress
-from probe.rates import RateOptions, make_rules
 from probe.sources import check_labels, display_name, open_source
 from probe.splits import Splits, resolve_splits
-from probe.start import VIEW, embed_rows, solve_head, zero_head
+from probe.training import optim, sharding, steps, train, verdict
+from probe.training.augment import AugmentConfig
+from probe.training.decoded import ImageRows
+from probe.training.full import backbone_variables, classifier_variables, make_apply_fn, make_prepare
+from probe.training.rates import RateOptions, make_rules
+from probe.training.start import VIEW, embed_rows, solve_head, zero_head
 
 T = TypeVar("T")
 

@@ -13,20 +13,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from probe import bundle, predictions
+from probe import bundle
 from probe.cache import Cache
 from probe.config import FitLinearConfig, to_json
-from probe.convex import fit_convex
 from probe.errors import ConfigError, InputError
-from probe.fewer import few_shot, learning_curve
+from probe.evaluation import predictions
+from probe.evaluation.metrics import summarize
 from probe.heads import class_logits
-from probe.knn import fit_knn
-from probe.metrics import summarize
-from probe.mlp import fit_mlp
-from probe.protocol import Data, Fitted
-from probe.reference import default_decisions
-from probe.ridge import fit_ridge
-from probe.scaling import Scaling
+from probe.probing.convex import fit_convex
+from probe.probing.fewer import few_shot, learning_curve
+from probe.probing.knn import fit_knn
+from probe.probing.mlp import fit_mlp
+from probe.probing.protocol import Data, Fitted
+from probe.probing.reference import default_decisions
+from probe.probing.ridge import fit_ridge
+from probe.probing.scaling import Scaling
 from probe.splits import Splits, assign_folds, resolve_splits
 
 _NAMED = 5  # how many of many rows a message names

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import optax
 
-from probe import steps, train
 from probe.backbones import load_backbone
-from probe.full import classifier_variables, make_apply_fn
 from probe.heads import Classifier, TrainedHead
-from probe.sharding import Placement
+from probe.training import steps, train
+from probe.training.full import classifier_variables, make_apply_fn
+from probe.training.sharding import Placement
 
 backbone = load_backbone(sys.argv[1])
 head = TrainedHead((), {"kernel": np.zeros((backbone.width, 3), np.float32), "bias": np.zeros(3, np.float32)})

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from probe import augment
-from probe.augment import AugmentConfig
 from probe.errors import ConfigError
+from probe.training import augment
+from probe.training.augment import AugmentConfig
 
 EVERYTHING = AugmentConfig(
     crop_scale=(0.3, 1.0), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, rand_ops=2
@@ -123,7 +123,7 @@ def test_an_accelerators_way_gives_the_same_pictures():
 def test_a_batch_spread_over_devices_gives_the_same_bits():
     code = """
 import jax, numpy as np
-from probe import augment
+from probe.training import augment
 config = augment.AugmentConfig(crop_scale=(0.3, 1.0), flip=0.5, mixup=0.4, cutmix=1.0)
 images = np.random.default_rng(0).integers(0, 256, (16, 12, 10, 3), np.uint8)
 batch = (images, np.arange(16) % 3, np.arange(16) < 13, np.arange(16))

@@ -9,8 +9,8 @@ from sklearn.calibration import CalibratedClassifierCV, calibration_curve
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
-from probe.calibration import NUM_BINS, bin_gaps, calibration_error_interval, fit_temperature
-from probe.intervals import resample_counts
+from probe.evaluation.calibration import NUM_BINS, bin_gaps, calibration_error_interval, fit_temperature
+from probe.evaluation.intervals import resample_counts
 
 
 def drawn(num_rows, sharpness, seed):

@@ -19,8 +19,8 @@ from flax import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probe import checkpoints
 from probe.errors import ConfigError, CorruptError, MismatchError, StorageError
+from probe.training import checkpoints
 
 
 @struct.dataclass
@@ -227,7 +227,7 @@ WRITERS = """
 import os, resource, signal, sys
 from pathlib import Path
 import numpy as np
-from probe.checkpoints import save
+from probe.training.checkpoints import save
 from probe.errors import StorageError
 
 def tree(step):
@@ -352,7 +352,7 @@ def test_arrays_come_back_under_another_sharding(tmp_path):
 import sys
 from pathlib import Path
 import jax, numpy as np
-from probe import checkpoints
+from probe.training import checkpoints
 folder = Path(sys.argv[1])
 mesh = jax.make_mesh((8,), ("data",))
 split = jax.NamedSharding(mesh, jax.P("data"))

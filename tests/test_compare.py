@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from probe import bundle, predictions
+from probe import bundle
 from probe.cli import main
 from probe.compare import align, compare, describe
 from probe.config import CompareConfig
 from probe.errors import CorruptError, InputError, MismatchError
+from probe.evaluation import predictions
+from probe.evaluation.metrics import summarize
+from probe.evaluation.predictions import Predictions
 from probe.heads import TrainedHead
-from probe.metrics import summarize
-from probe.predictions import Predictions
 
 CLASSES = ("cat", "dog", "owl")
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from probe.backbones import load_backbone
-from probe.decoded import ImageRows
 from probe.errors import InputError
 from probe.sources import open_source
+from probe.training.decoded import ImageRows
 
 
 @pytest.fixture

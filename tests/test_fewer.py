@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from probe.errors import InputError
-from probe.fewer import draw, extrapolate, few_shot, learning_curve
 from probe.linear import describe, fit_data, make_data
+from probe.probing.fewer import draw, extrapolate, few_shot, learning_curve
 from tests.test_linear import NAMES, SHORT, arrays, config
 
 

@@ -8,7 +8,7 @@ from scipy.special import expit, softmax
 from sklearn import metrics as reference
 from sklearn.preprocessing import label_binarize
 
-from probe.figures import Figures
+from probe.evaluation.figures import Figures
 
 
 def problem(num_rows, num_classes, seed=0):
@@ -129,7 +129,7 @@ def test_ranking_tells_apart_what_rounds_to_one():
 def test_blocks_do_not_matter(monkeypatch):
     logits, labels = problem(50, 6)
     whole = Figures.of(logits, labels).point()
-    monkeypatch.setattr("probe.figures._BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr("probe.evaluation.figures._BLOCK_ELEMENTS", 40)
     assert Figures.of(logits, labels).point() == whole
 
 

@@ -13,16 +13,17 @@ import numpy as np
 import optax
 import pytest
 
-from probe import bundle, optim, steps
+from probe import bundle
 from probe.backbones import load_backbone
 from probe.config import EmbedConfig, FinetuneConfig
-from probe.decoded import ImageRows
 from probe.embed import embed
 from probe.errors import ConfigError, InputError, MismatchError
 from probe.finetune import describe, finetune, make_apply_fn
 from probe.heads import Classifier, TrainedHead
 from probe.sources import open_source
-from probe.start import embed_rows
+from probe.training import optim, steps
+from probe.training.decoded import ImageRows
+from probe.training.start import embed_rows
 from tests.conftest import write_image_folder
 
 

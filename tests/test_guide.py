@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from probe import steps, train
 from probe.backbones import load_backbone
 from probe.heads import make_head
+from probe.training import steps, train
 
 SCRIPT = Path(__file__).with_name("guide_script.py")
 

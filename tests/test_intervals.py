@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from probe.intervals import bootstrap_interval, resample_counts, share_interval, wilson_interval
+from probe.evaluation.intervals import bootstrap_interval, resample_counts, share_interval, wilson_interval
 
 
 def test_wilson_interval():

@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from probe.config import FitLinearConfig
 from probe.errors import ConfigError, InputError, NumericalError
 from probe.linear import apply_head, check_finite, describe, fit_data, make_data
-from probe.protocol import Curve
-from probe.scaling import Scaling
+from probe.probing.protocol import Curve
+from probe.probing.scaling import Scaling
 
 NAMES = ("ant", "bee", "cat")
 SHORT = (1.0, 0.1, 0.01)  # a grid of three
@@ -213,7 +213,7 @@ def test_rows_with_several_labels():
 
 
 def test_leave_one_out_of_ridge_is_exact():
-    from probe.ridge import Ridge
+    from probe.probing.ridge import Ridge
 
     rng = np.random.default_rng(0)
     features = rng.normal(size=(20, 5))

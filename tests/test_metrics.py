@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from probe.intervals import wilson_interval
-from probe.metrics import Metrics, summarize
+from probe.evaluation.intervals import wilson_interval
+from probe.evaluation.metrics import Metrics, summarize
 
 NAMES = ("a", "b", "c")
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probe import optim
 from probe.errors import ConfigError
+from probe.training import optim
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_gaps_on_both_sides_are_listed_at_once(params):
     message = str(err.value)
     assert "parameters without a rule: backbone/embeddings/class_embedding, " in message
     assert "head/bias, head/kernel; rules without a parameter" in message
-    assert "rules without a parameter: backbon, heads\n" in message
+    assert "rules without a parameter: backbon, heads; the parameters" in message
 
 
 def test_split_shares_no_leaf_and_loses_none(params):

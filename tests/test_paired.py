@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from probe.figures import Figures
-from probe.intervals import bootstrap_interval, wilson_interval
-from probe.paired import compare_answers
+from probe.evaluation.figures import Figures
+from probe.evaluation.intervals import bootstrap_interval, wilson_interval
+from probe.evaluation.paired import compare_answers
 
 CLASSES = ("cat", "dog", "owl")
 

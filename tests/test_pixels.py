@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from probe import pixels
+from probe.training import pixels
 
 HEIGHT, WIDTH = 24, 20
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from probe import predictions
 from probe.cli import main
 from probe.compare import compare
 from probe.config import CompareConfig, PredictConfig
 from probe.errors import InputError
+from probe.evaluation import predictions
 from probe.predict import describe, predict
 from tests.checkpoints import write_tiny_clip
 from tests.conftest import write_image_folder

@@ -9,9 +9,9 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probe import predictions
 from probe.errors import CorruptError, InputError
-from probe.predictions import FILE_NAME, Predictions
+from probe.evaluation import predictions
+from probe.evaluation.predictions import FILE_NAME, Predictions
 
 
 def some_predictions(names, *, num_classes=3, multi_label=False, seed=0):

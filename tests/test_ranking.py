@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from probe.intervals import bootstrap_interval, resample_counts
-from probe.ranking import NAMES, Ranking
+from probe.evaluation.intervals import bootstrap_interval, resample_counts
+from probe.evaluation.ranking import NAMES, Ranking
 
 
 def one_class(num_rows, seed, decimals):

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from probe import optim
 from probe.backbones import load_backbone
 from probe.errors import ConfigError
-from probe.rates import RateOptions, blocks, make_rules
+from probe.training import optim
+from probe.training.rates import RateOptions, blocks, make_rules
 
 
 def params_of(checkpoint):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from probe.errors import ConfigError
-from probe.sharding import Placement
+from probe.training.sharding import Placement
 
 SCRIPT = Path(__file__).with_name("sharded_run.py")
 

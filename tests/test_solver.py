@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from probe.errors import NumericalError
-from probe.reference import solve_with_sklearn
-from probe.solver import Problem
+from probe.probing.reference import solve_with_sklearn
+from probe.probing.solver import Problem
 
 PENALTIES = (10.0, 0.3, 1e-3, 1e-5)
 WIDTH = 8  # one shape for all examples: hypothesis would compile anew for each

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probe import choice, steps, train
 from probe.errors import MismatchError, NumericalError
+from probe.evaluation import choice
+from probe.training import steps, train
 
 
 class Tiny(nn.Module):

@@ -10,10 +10,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from probe import optim, steps
 from probe.backbones import load_backbone
 from probe.finetune import make_apply_fn
 from probe.heads import Classifier
+from probe.training import optim, steps
 
 FOLDER = Path(__file__).parent / "golden" / "training"  # made by make_training.py beside it
 

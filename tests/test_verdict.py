@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from probe import verdict
-from probe.choice import best_candidate
+from probe.evaluation.choice import best_candidate
+from probe.training import verdict
 
 
 def test_interpolation_keeps_its_ends_to_the_bit():

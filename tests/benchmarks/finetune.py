@@ -21,13 +21,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from probe import optim, steps
 from probe.backbones import Backbone, ViTConfig, build_tower
-from probe.full import classifier_variables, make_apply_fn
 from probe.heads import Classifier
 from probe.images import Preprocessing
-from probe.rates import RateOptions, make_rules
-from probe.start import zero_head
+from probe.training import optim, steps
+from probe.training.full import classifier_variables, make_apply_fn
+from probe.training.rates import RateOptions, make_rules
+from probe.training.start import zero_head
 
 NUM_CLASSES = 10
 

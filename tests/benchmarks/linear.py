@@ -28,8 +28,8 @@ import optax
 from sklearn.linear_model import LogisticRegression
 
 from probe.cache import Cache
-from probe.reference import quietly
-from probe.solver import Problem
+from probe.probing.reference import quietly
+from probe.probing.solver import Problem
 
 PENALTIES = np.logspace(0, -6, 20)
 NUM_FOLDS, NUM_SEARCHED = 5, 19
@@ -48,7 +48,7 @@ def make_embeddings(num_rows: int, width: int, num_classes: int, seed: int = 0) 
 
 
 def objective(features: np.ndarray, labels: np.ndarray, kernel: np.ndarray, bias: np.ndarray, penalty: float) -> float:
-    """The objective of `probe.solver`, in float64."""
+    """The objective of `probe.probing.solver`, in float64."""
     logits = features.astype(np.float64) @ kernel + bias
     nll = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
     return float(nll.mean() + penalty / 2 * np.sum(kernel.astype(np.float64) ** 2))

@@ -11,7 +11,7 @@ from probe.errors import InputError
 from probe.images import Preprocessing, load_images
 from probe.progress import Progress
 from probe.sources import Example, Source, display_name
-from probe.steps import Batch, padded_batch
+from probe.training.steps import Batch, padded_batch
 
 MAX_BYTES_IN_MEMORY = 4 << 30  # 28,000 images of 224 × 224; above this they are decoded again in every epoch
 

@@ -13,13 +13,13 @@ import numpy as np
 
 from probe.backbones import Backbone, make_embed_fn
 from probe.cache import Cache
-from probe.decoded import ImageRows
 from probe.errors import MismatchError
 from probe.heads import TrainedHead, num_logits
+from probe.probing.scaling import Scaling
+from probe.probing.solver import Problem
 from probe.progress import Progress
-from probe.scaling import Scaling
-from probe.solver import Problem
 from probe.splits import assign_folds
+from probe.training.decoded import ImageRows
 
 VIEW = "pooler"
 _PENALTIES = tuple(float(penalty) for penalty in np.logspace(2, -6, 17))  # λ, for standardised features

@@ -14,12 +14,12 @@ import numpy as np
 from scipy.optimize import nnls
 
 from probe.config import FitLinearConfig
-from probe.convex import fit_convex
 from probe.errors import InputError
 from probe.heads import TrainedHead, class_logits
-from probe.protocol import Data
-from probe.scaling import Scaling
-from probe.solver import Problem
+from probe.probing.convex import fit_convex
+from probe.probing.protocol import Data
+from probe.probing.scaling import Scaling
+from probe.probing.solver import Problem
 from probe.splits import Splits, assign_folds
 
 _STEPS = 6  # points of a learning curve, each twice the rows of the one before

@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from probe.errors import ConfigError
-from probe.pixels import (
+from probe.training.pixels import (
     Size,
     autocontrast,
     brightness,

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from probe.errors import ConfigError
-from probe.steps import Batch
+from probe.training.steps import Batch
 
 _AXIS = "data"
 

@@ -7,12 +7,12 @@ divided by one minus the row's leverage (Allen's PRESS). Scores are no log-odds:
 
 import numpy as np
 
-from probe.calibration import fit_temperature
-from probe.choice import cross_fitted
 from probe.config import FitLinearConfig
+from probe.evaluation.calibration import fit_temperature
+from probe.evaluation.choice import cross_fitted
 from probe.heads import TrainedHead
-from probe.protocol import Curve, Data, Fitted
-from probe.scaling import Scaling
+from probe.probing.protocol import Curve, Data, Fitted
+from probe.probing.scaling import Scaling
 
 
 class Ridge:

@@ -6,11 +6,11 @@ A row's nearest neighbours by cosine vote for their classes with weight exp(cosi
 
 import numpy as np
 
-from probe.choice import cross_fitted
 from probe.config import FitLinearConfig
+from probe.evaluation.choice import cross_fitted
 from probe.heads import TrainedHead, class_logits, neighbour_logits
-from probe.protocol import Curve, Data, Fitted
-from probe.scaling import unit_rows
+from probe.probing.protocol import Curve, Data, Fitted
+from probe.probing.scaling import unit_rows
 
 TEMPERATURE = 0.07
 _COUNTS = (200, 100, 20, 10)  # k, the smoothest first: of equals it is taken

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from probe.choice import best_candidate, halves, score
+from probe.evaluation.choice import best_candidate, halves, score
 
 ALPHAS = tuple(step / 10 for step in range(11))
 _Z95 = 1.959963984540054

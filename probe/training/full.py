@@ -1,4 +1,4 @@
-"""The full mode of training: backbone and head in one `apply_fn` (see `probe.steps`), on uint8 images.
+"""The full mode of training: backbone and head in one `apply_fn` (see `probe.training.steps`), on uint8 images.
 
 Parameters are {"backbone": …, "head": …}; the model state holds the batch statistics of a backbone that has
 them.
@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probe.augment import AugmentConfig, augment, example_keys
 from probe.backbones import Backbone, normalize_pixels
 from probe.heads import Classifier, TrainedHead
 from probe.images import Preprocessing
-from probe.steps import ApplyFn, Batch, Prepare
+from probe.training.augment import AugmentConfig, augment, example_keys
+from probe.training.steps import ApplyFn, Batch, Prepare
 
 
 def classifier_variables(backbone: Backbone, head: TrainedHead) -> tuple[dict[str, Any], dict[str, Any]]:

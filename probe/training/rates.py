@@ -1,4 +1,4 @@
-"""The options that say who learns how fast, compiled to the ordered list of rules that `probe.optim` takes.
+"""The options that say who learns how fast, compiled to the ordered list of rules that `probe.training.optim` takes.
 
 Either `--rates` is that list, or it is made of the sugar: `--freeze`, `--unfreeze-last`, `--backbone-lr`,
 `--head-lr` and `--layer-decay`. The two do not mix: which of them should win would be a guess.
@@ -11,8 +11,8 @@ from typing import Any
 
 from flax import traverse_util
 
-from probe import optim
 from probe.errors import ConfigError
+from probe.training import optim
 
 DEFAULT_BACKBONE_LR = 1e-5
 DEFAULT_HEAD_LR = 1e-3

@@ -6,7 +6,7 @@ Minimises over weights W [D, M] and biases b [M]
 
 where r_i is the weight of row i and CE the cross-entropy of a softmax over M classes or, for M = 1, of one sigmoid.
 Biases are free of the penalty. Softmax biases are known only up to a constant; theirs sum to zero here, so that the
-optimum is unique and can be compared. How it is done: `probe.lanes`.
+optimum is unique and can be compared. How it is done: `probe.probing.lanes`.
 
 Paths run in float32, which is enough to rank λ. The final fit runs in float64, since near the optimum the objective
 changes by less than float32 can tell. Features are stored once, in float32.
@@ -23,7 +23,7 @@ import numpy as np
 
 from probe.errors import NumericalError
 from probe.heads import num_logits
-from probe.lanes import Lanes, Path, Rows, gradient, walk
+from probe.probing.lanes import Lanes, Path, Rows, gradient, walk
 
 _CHUNK = 2048  # rows whose logits for 500 columns (4 MB) stay in the cache: 172 GFLOP/s; 138 with 8,192
 _PROVEN = 1e-6  # share of the objective by which a converged fit may be above the optimum, proven by its gradient

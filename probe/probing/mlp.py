@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from probe.choice import cross_fitted
 from probe.config import FitLinearConfig
+from probe.evaluation.choice import cross_fitted
 from probe.heads import Params, TrainedHead, make_head, num_logits
-from probe.protocol import Data, Fitted
-from probe.scaling import Scaling
-from probe.steps import Batch, padded_batches, shuffled
-from probe.train import fit
+from probe.probing.protocol import Data, Fitted
+from probe.probing.scaling import Scaling
+from probe.training.steps import Batch, padded_batches, shuffled
+from probe.training.train import fit
 
 
 def fit_mlp(config: FitLinearConfig, data: Data) -> Fitted:

@@ -1,4 +1,4 @@
-"""Many regularised logistic regressions side by side: the compiled heart of `probe.solver`.
+"""Many regularised logistic regressions side by side: the compiled heart of `probe.probing.solver`.
 
 A *lane* is one problem: a fold that is left out, and (sigmoids) a label. All lanes run side by side, so that their
 columns share two wide matrix products per pass over the rows. Each walks down its own path of λ at its own pace:

@@ -9,15 +9,15 @@ import dataclasses
 
 import numpy as np
 
-from probe.calibration import fit_temperature
-from probe.choice import cross_fitted
 from probe.config import FitLinearConfig
 from probe.errors import ConfigError
+from probe.evaluation.calibration import fit_temperature
+from probe.evaluation.choice import cross_fitted
 from probe.heads import TrainedHead
-from probe.protocol import Curve, Data, Fitted
-from probe.reference import solve_with_sklearn
-from probe.scaling import Kind, Scaling
-from probe.solver import FoldPath, Problem, Solution
+from probe.probing.protocol import Curve, Data, Fitted
+from probe.probing.reference import solve_with_sklearn
+from probe.probing.scaling import Kind, Scaling
+from probe.probing.solver import FoldPath, Problem, Solution
 
 _VAL = -2  # the fold that a given validation split is; training rows are in folds from 0, or in -1
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from probe.figures import LOSSES, Figures
-from probe.intervals import bootstrap_interval, resample_counts, wilson_interval
+from probe.evaluation.figures import LOSSES, Figures
+from probe.evaluation.intervals import bootstrap_interval, resample_counts, wilson_interval
 
 
 def compare_answers(

@@ -11,9 +11,9 @@ import numpy as np
 import scipy.sparse
 from scipy.special import expit, log_softmax, logsumexp
 
-from probe.calibration import bin_gaps
-from probe.ranking import NAMES as RANKING_NAMES
-from probe.ranking import Ranking
+from probe.evaluation.calibration import bin_gaps
+from probe.evaluation.ranking import NAMES as RANKING_NAMES
+from probe.evaluation.ranking import Ranking
 
 TOP_K = 5
 CALIBRATION = "expected_calibration_error"

@@ -13,9 +13,9 @@ import numpy as np
 import optax
 from flax import struct
 
-from probe.calibration import calibration_error_interval
-from probe.figures import CALIBRATION, LOSSES, SHARES, Figures
-from probe.intervals import bootstrap_interval, resample_counts, share_interval, wilson_interval
+from probe.evaluation.calibration import calibration_error_interval
+from probe.evaluation.figures import CALIBRATION, LOSSES, SHARES, Figures
+from probe.evaluation.intervals import bootstrap_interval, resample_counts, share_interval, wilson_interval
 
 Intervals = dict[str, list[float] | None]
 

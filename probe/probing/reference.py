@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from probe.solver import Problem, Solution
+from probe.probing.solver import Problem, Solution
 
 
 def solve_with_sklearn(

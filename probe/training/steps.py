@@ -24,8 +24,8 @@ import numpy as np
 import optax
 from flax import struct, traverse_util
 
+from probe.evaluation.metrics import Metrics
 from probe.heads import class_logits
-from probe.metrics import Metrics
 
 Params = dict[str, Any]  # nested dicts of arrays
 ApplyFn = Callable[[Params, Any, Any, jax.Array | None], tuple[jax.Array, Any]]

@@ -1,6 +1,6 @@
 """`fit`: epochs of train steps, each evaluated, the best one kept; a run that is cut off goes on to the bit.
 
-Knows an `apply_fn` (see `probe.steps`), not which mode it is in.
+Knows an `apply_fn` (see `probe.training.steps`), not which mode it is in.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import optax
 
-from probe import checkpoints, interrupt
-from probe.choice import best_candidate, score
+from probe import interrupt
 from probe.errors import NumericalError
-from probe.metrics import Metrics
-from probe.steps import (
+from probe.evaluation.choice import best_candidate, score
+from probe.evaluation.metrics import Metrics
+from probe.training import checkpoints
+from probe.training.steps import (
     ApplyFn,
     Batch,
     Params,
@@ -121,7 +122,7 @@ def fit(
     """Trains for `num_epochs` and keeps the parameters of the epoch that does best on validation.
 
     Args:
-      apply_fn, tx: see `probe.steps`.
+      apply_fn, tx: see `probe.training.steps`.
       params: the trainable leaves, nested dicts; the arrays are left as they are.
       train_batches: epoch, counted from 0 -> its batches; all of one shape.
       val_batches: -> the validation rows, the same at every call.
@@ -131,7 +132,7 @@ def fit(
       prepare, num_microbatches, average_decay: as in `make_train_step`; the average is what is judged and
       kept. patience: stop once so many epochs in a row were no better than the best before them. wanted:
       (logits [E, N, C] so far, labels [N]) -> epochs whose snapshots may be needed in the end. place,
-      place_batch: put state and batches on devices (`probe.sharding`). checkpointing: save the run as it
+      place_batch: put state and batches on devices (`probe.training.sharding`). checkpointing: save the run as it
       goes, and go on with one. on_epoch: told each line of the history as it is made.
     Raises: NumericalError if a loss is not finite, naming it, the step and the last good checkpoint;
       Interrupted at a signal, after a checkpoint was written; MismatchError if the checkpoint to go on with

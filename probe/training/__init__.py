@@ -1,0 +1,1 @@
+"""Training: the steps, the loop and its checkpoints, who learns and how fast, augmentation, and the verdict."""
