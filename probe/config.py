@@ -8,9 +8,9 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from probe.errors import ConfigError
 
@@ -46,7 +46,7 @@ def _is_share(text: str) -> bool:
 class EmbedConfig:
     """Run the backbone once over every image and cache the embeddings; run it again to continue or to update."""
 
-    images: Positional[Path]
+    images: Annotated[Positional[Path], arg(metavar="IMAGES")]
     """Folders root/class/* or root/{train,val,test}/class/*; a .csv, .tsv, .jsonl or .parquet manifest; .tar shards
     in WebDataset layout; a .zip file; or what Hugging Face datasets saved."""
     backbone: str
@@ -54,25 +54,25 @@ class EmbedConfig:
     out: Path
     """Cache folder to create or to continue."""
     batch_size: int | None = None
-    """Images per step, fixed by whoever creates the cache (default: 32, or what the cache says)."""
+    """Images per step, fixed by whoever creates the cache (if not given: 32, or what the cache says)."""
     dtype: Literal["float32", "float16"] | None = None
-    """Type that embeddings are stored in, fixed likewise (default: float32, or what the cache says)."""
+    """Type that embeddings are stored in, fixed likewise (if not given: float32, or what the cache says)."""
     shard_rows: int | None = None
-    """Images per shard, fixed likewise: what a kill can cost (default: 1,024 on a CPU, else 16,384)."""
+    """Images per shard, fixed likewise: what a kill can cost (if not given: 1,024 on a CPU, else 16,384)."""
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable image does: get no row and be reported, or end the run."""
     max_failures: int | None = None
-    """End the run, with exit code 4, once more images than this have failed (default: no limit)."""
+    """End the run, with exit code 4, once more images than this have failed (if not given: no limit)."""
     image_root: Path | None = None
-    """What a manifest's paths are relative to (default: the folder that it is in)."""
+    """What a manifest's paths are relative to (if not given: the folder that it is in)."""
     path_column: str | None = None
-    """Column of a manifest that names the image (default: path or file_name)."""
+    """Column of a manifest that names the image (if not given: path or file_name)."""
     label_column: UseAppendAction[tuple[str, ...]] = ()
-    """Column with the class or classes; several, each given by the option again, say yes or no (default: label)."""
+    """Column with the class or classes; several, each given by the option again, say yes or no (if not given: label)."""
     split_column: str | None = None
-    """Column with train, val or test (default: split, where there is one)."""
+    """Column with train, val or test (if not given: split, where there is one)."""
     group_column: str | None = None
-    """Column of what must stay on one side of a split, as a patient (default: group, where there is one)."""
+    """Column of what must stay on one side of a split, as a patient (if not given: group, where there is one)."""
     retry_failed: Flag = False
     """Try again what failed in earlier runs; else only changed files are tried again."""
     verify_content: Flag = False
@@ -88,7 +88,7 @@ class EmbedConfig:
     num_shards: int = 1
     """Processes, on any hosts that share the cache's file system, that divide the work between them."""
     num_workers: int | None = None
-    """Processes that decode images (default: one per core)."""
+    """Processes that decode images (if not given: one per core)."""
     json: Flag = False
     """Print the summary to stdout as JSON."""
 
@@ -113,7 +113,7 @@ class EmbedConfig:
 class CacheLsConfig:
     """Say what is in a cache: how it was made, classes, splits, failures, revisions and size."""
 
-    cache: Positional[Path]
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
     """Cache folder."""
     json: Flag = False
     """Print the summary to stdout as JSON."""
@@ -123,7 +123,7 @@ class CacheLsConfig:
 class CacheVerifyConfig:
     """Read every byte of a cache and check it against its hashes; exit code 6 if anything is damaged."""
 
-    cache: Positional[Path]
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
     """Cache folder."""
     deep: Path | None = None
     """Also read every image of this source and compare it with the key it was embedded under."""
@@ -154,7 +154,7 @@ class CacheMergeConfig:
 class CachePruneConfig:
     """Remove what the newest revision of a cache does not use: embeddings of removed images, old plans."""
 
-    cache: Positional[Path]
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
     """Cache folder; no `probe embed` may be running on it."""
     dry_run: Flag = False
     """Only say what would be removed."""
@@ -166,7 +166,7 @@ class CachePruneConfig:
 class CacheExportConfig:
     """Write a cache as one plain file that other tools read."""
 
-    cache: Positional[Path]
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
     """Cache folder."""
     single: Path
     """File to write: .h5, .npz or .parquet; it is built in memory."""
@@ -180,14 +180,14 @@ class CacheExportConfig:
 class CacheImportConfig:
     """Make a cache of features that another program computed, for `fit-linear`."""
 
-    features: Positional[Path]
+    features: Annotated[Positional[Path], arg(metavar="FEATURES")]
     """.npz, .npy (with --table), .parquet or .h5 file: embeddings, labels, and if there are, names, splits, groups."""
     out: Path
     """Cache folder to create."""
     table: Path | None = None
     """CSV file with one line per row of a .npy: columns label, and if there are, name, split, group."""
     extractor: str | None = None
-    """What made the features, in your words: only caches that agree in it can be merged (default: the file itself)."""
+    """What made the features, in your words: only caches that agree in it can be merged (if not given: the file itself)."""
     json: Flag = False
     """Print the summary to stdout as JSON."""
 
@@ -196,7 +196,7 @@ class CacheImportConfig:
 class FitLinearConfig:
     """Train a head on cached embeddings: the convex optimum of a linear head, or an MLP."""
 
-    cache: Positional[Path]
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
     """Cache folder made by `probe embed`."""
     out: Path
     """Run folder to write."""
@@ -216,7 +216,7 @@ class FitLinearConfig:
     """standard: by the mean and deviation of the training rows; l2: rows of norm 1; none. All are folded into the
     saved head; of several the best on validation."""
     penalties: tuple[float, ...] = ()
-    """Values of λ to choose from (default: 17 over 8 decades about the features' mean variance)."""
+    """Values of λ to choose from (if not given: 17 over 8 decades about the features' mean variance)."""
     criterion: Literal["accuracy", "nll"] = "accuracy"
     """What chooses (several labels a row: always nll)."""
     one_standard_error: Flag = False
@@ -288,7 +288,7 @@ class FitLinearConfig:
 class FinetuneConfig:
     """Train backbone and head end to end, parts at their own rates."""
 
-    images: Positional[Path]
+    images: Annotated[Positional[Path], arg(metavar="IMAGES")]
     """Folder of images: root/class/* or root/{train,val,test}/class/*."""
     backbone: str
     """Hub id, optionally @revision, or a local folder in Hugging Face layout."""
@@ -309,9 +309,9 @@ class FinetuneConfig:
     batch_size: int = 16
     """Images per step."""
     backbone_lr: float | None = None
-    """Peak step size of the backbone (default: 1e-5); 0 freezes it."""
+    """Peak step size of the backbone (if not given: 1e-5); 0 freezes it."""
     head_lr: float | None = None
-    """Peak step size of the head (default: 1e-3)."""
+    """Peak step size of the head (if not given: 1e-3)."""
     freeze: UseAppendAction[tuple[str, ...]] = ()
     """Parameter paths to freeze, by prefix or pattern: backbone, backbone/encoder/layers_0, **/bias."""
     layer_decay: float | None = None
@@ -327,13 +327,13 @@ class FinetuneConfig:
     weight_decay: float = 1e-4
     """Decoupled weight decay, not on biases and norms."""
     clip_norm: float | None = None
-    """Longest gradient, over all parts together (default: no limit)."""
+    """Longest gradient, over all parts together (if not given: no limit)."""
     accumulate: int = 1
     """Parts into which a batch is cut, to need the memory of one; the step is that of the whole batch."""
     average: float | None = None
     """Decay of an exponential moving average of the weights, which is then what is judged and kept."""
     patience: int | None = None
-    """Stop once this many epochs in a row were no better on validation (default: run them all)."""
+    """Stop once this many epochs in a row were no better on validation (if not given: run them all)."""
     warmup_fraction: float = 0.1
     """Share of the steps over which the rates rise from 0; then they fall to 0 as a cosine."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
@@ -361,9 +361,9 @@ class FinetuneConfig:
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
     image_size: int | None = None
-    """Height and width of the images; position embeddings are interpolated (default: the checkpoint's)."""
+    """Height and width of the images; position embeddings are interpolated (if not given: the checkpoint's)."""
     train_batchnorm: Flag = False
-    """Normalise by the statistics of the batch and update the running ones (default: the pretrained ones stay)."""
+    """Normalise by the statistics of the batch and update the running ones (if not given: the pretrained ones stay)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of training; weights, their updates and all evaluation are float32."""
     remat: Flag = False
@@ -381,7 +381,7 @@ class FinetuneConfig:
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable image does: be left out and reported, or end the run."""
     num_workers: int | None = None
-    """Processes that decode images (default: one per core)."""
+    """Processes that decode images (if not given: one per core)."""
     seed: int = 0
     """Seed of the validation split, the order of the images and dropout."""
     json: Flag = False
@@ -425,12 +425,12 @@ class FinetuneConfig:
 class PredictConfig:
     """Classify images with what `fit-linear` or `finetune` saved."""
 
-    run: Positional[Path]
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Run folder."""
-    images: Positional[Path]
+    images: Annotated[Positional[Path], arg(metavar="IMAGES")]
     """Image file, or folder of images, searched through all its subfolders."""
     out: Path | None = None
-    """CSV file to write: path, predicted class, probability of each class (default: stdout)."""
+    """CSV file to write: path, predicted class, probability of each class (if not given: stdout)."""
     overwrite: Flag = False
     """Replace what stands under --out."""
     backbone: str | None = None
@@ -440,7 +440,7 @@ class PredictConfig:
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable image does: be left out and reported, or end the run."""
     num_workers: int | None = None
-    """Processes that decode images (default: one per core)."""
+    """Processes that decode images (if not given: one per core)."""
     json: Flag = False
     """Print the predictions to stdout as JSON."""
 
@@ -454,9 +454,9 @@ class PredictConfig:
 class CompareConfig:
     """Say which of two runs is better on the same rows, and whether that is more than chance."""
 
-    run_a: Positional[Path]
+    run_a: Annotated[Positional[Path], arg(metavar="RUN_A")]
     """Run folder A."""
-    run_b: Positional[Path]
+    run_b: Annotated[Positional[Path], arg(metavar="RUN_B")]
     """Run folder B; differences are B - A."""
     split: Literal["test", "val", "train"] = "test"
     """Rows to compare on; those of train were answered out of fold, where the runs have such answers."""

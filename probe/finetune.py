@@ -29,7 +29,7 @@ from probe.backbones.resize import resize_backbone
 from probe.config import FinetuneConfig, to_json
 from probe.errors import ConfigError, InputError, MismatchError
 from probe.evaluation import predictions
-from probe.evaluation.metrics import summarize
+from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import Classifier, TrainedHead
 from probe.progress import Progress
 from probe.sources import check_labels, display_name, open_source
@@ -151,15 +151,7 @@ def describe(metrics: dict[str, Any]) -> str:
             f"epoch {metrics['chosen_epoch']} of {len(metrics['history'])}, "
             f"α {metrics['chosen_alpha']:g} of the way from the start"
         )
-    for split, figures in metrics["splits"].items():
-        if figures["accuracy"] is None:
-            lines.append(f"{split:<5}  n {figures['n']:,}: no figure: {figures['why']}")
-        else:
-            low, high = figures["accuracy_interval_95"]
-            lines.append(
-                f"{split:<5}  accuracy {figures['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})"
-                f"  nll {figures['nll']:.4f}  n {figures['n']:,}"
-            )
+    lines += describe_splits(metrics["splits"])
     found = metrics["verdict"]
     if "probe" in found:
         lines.append(f"verdict on {found['n']} validation rows, epoch and α cross-fitted:")

@@ -6,7 +6,6 @@ what stands under "val" is the figure of other heads, on rows that neither fitte
 """
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from probe.cache import Cache
 from probe.config import FitLinearConfig, to_json
 from probe.errors import ConfigError, InputError
 from probe.evaluation import predictions
-from probe.evaluation.metrics import summarize
+from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import class_logits
 from probe.probing.convex import fit_convex
 from probe.probing.fewer import few_shot, learning_curve
@@ -152,8 +151,6 @@ def fit_data(config: FitLinearConfig, data: Data, notes: Sequence[str] = ()) -> 
     if config.learning_curve:
         extra["learning_curve"] = learning_curve(config, data)
     warnings = [*notes, *fitted.warnings]
-    for warning in warnings:
-        print(f"probe: warning: {warning}", file=sys.stderr)
     return fitted, {
         "splits": figures,
         "head": config.head,
@@ -173,18 +170,11 @@ def apply_head(fitted: Fitted, data: Data, rows: np.ndarray) -> np.ndarray:
 
 def describe(metrics: dict[str, Any]) -> str:
     """The metrics as a few lines for people."""
-    lines = []
-    for name in ("train", "val", "test"):
-        if figures := metrics["splits"].get(name):
-            low, high = figures["accuracy_interval_95"]
-            lines.append(
-                f"{name:5}  accuracy {figures['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})"
-                f"  nll {figures['nll']:.4f}  n {figures['n']:,}"
-            )
+    lines = describe_splits(metrics["splits"])
     if baseline := metrics.get("baseline"):
         lines.append(
-            f"{baseline['split']:5}  accuracy {baseline['accuracy']:.4f}, nll {baseline['nll']:.4f}"
-            " by scikit-learn's LogisticRegression(C=1)"
+            f"for comparison, scikit-learn's LogisticRegression(C=1) on {baseline['split']}: "
+            f"accuracy {baseline['accuracy']:.4f}, negative log-likelihood {baseline['nll']:.4f}"
         )
     if "solution" in metrics:
         solution = metrics["solution"]
@@ -192,10 +182,11 @@ def describe(metrics: dict[str, Any]) -> str:
         lines.append(
             f"λ {metrics['penalty']:.3g}{_c(metrics)}, objective {solution['objective']:.8f}, "
             f"gradient norm {solution['gradient_norm']:.2e} from {solution['initial_gradient_norm']:.2e}, "
-            f"{state} after {solution['num_iterations']} iterations"
+            f"{state} after {solution['num_iterations']} iterations; "
+            f"its logits are then divided by the temperature {metrics['temperature']:.3g}"
         )
     elif "epoch" in metrics:
-        lines.append(f"epoch {metrics['epoch']} of {metrics['num_epochs']} kept")
+        lines.append(f"epoch {metrics['epoch']} of {metrics['num_epochs']} was best on validation, and is kept")
     elif "num_neighbours" in metrics:
         lines.append(f"{metrics['num_neighbours']} neighbours")
     else:

@@ -4,7 +4,7 @@
 `summarize` is what metrics.json says of a split.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -150,3 +150,27 @@ def _confusions(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
+
+
+def describe_splits(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for people on each split that there is, in the order in which they are used.
+
+    Args:
+      splits: name -> what `summarize` gives; or n, accuracy None, and "why" there is no figure. What stands under
+        "of" says whose answers were judged.
+    """
+    lines = []
+    for name in ("train", "val", "test"):
+        figures = splits.get(name)
+        if figures is None:
+            lines.append(f"{name:5}  no rows")
+        elif figures["accuracy"] is None:
+            lines.append(f"{name:5}  no figure for its {figures['n']:,} rows: {figures['why']}")
+        else:
+            low, high = figures["accuracy_interval_95"]
+            lines.append(
+                f"{name:5}  accuracy {figures['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})"
+                f"  negative log-likelihood {figures['nll']:.4f}  rows {figures['n']:,}"
+                + (f"\n       (of {figures['of']})" if "of" in figures else "")
+            )
+    return lines
