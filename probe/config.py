@@ -68,7 +68,7 @@ class EmbedConfig:
     path_column: str | None = None
     """Column of a manifest that names the image (if not given: path or file_name)."""
     label_column: UseAppendAction[tuple[str, ...]] = ()
-    """Column with the class or classes; several, each given by the option again, say yes or no (if not given: label)."""
+    """Column with the class or classes (if not given: label); several, by giving the option again, say yes or no."""
     split_column: str | None = None
     """Column with train, val or test (if not given: split, where there is one)."""
     group_column: str | None = None
@@ -187,7 +187,7 @@ class CacheImportConfig:
     table: Path | None = None
     """CSV file with one line per row of a .npy: columns label, and if there are, name, split, group."""
     extractor: str | None = None
-    """What made the features, in your words: only caches that agree in it can be merged (if not given: the file itself)."""
+    """What made the features, in your words (if not given: the file); only caches that agree in it can be merged."""
     json: Flag = False
     """Print the summary to stdout as JSON."""
 

@@ -292,6 +292,21 @@ def test_a_mismatch_names_every_field_with_both_values(tmp_path: Path) -> None:
     assert "choose another --out" in text
 
 
+def test_a_shard_of_another_fingerprint_is_never_taken_up(tmp_path: Path) -> None:
+    files = {b"%d" % i: (b"content %d" % i, "ab"[i % 2]) for i in range(6)}
+    plan, _ = embed_all(tmp_path / "c", files)
+    (tmp_path / "c/plan" / f"{plan.id}.h5").unlink()
+    other = make_manifest(IDENTITY | {"batch_size": 3}, {}, 4)
+    (tmp_path / "c/cache.json").write_bytes(other.encode())
+    for take_up in (
+        lambda: Cache.open(tmp_path / "c", partial=True),
+        lambda: CacheWriter(tmp_path / "c", other).complete(plan),
+        lambda: CacheWriter(tmp_path / "c", other).plan(inputs_of(files, mtime=2)),
+    ):
+        with pytest.raises(MismatchError, match="made in another way than this cache.*--repair"):
+            take_up()
+
+
 def test_names_do_not_count_in_the_fingerprint_and_everything_else_does() -> None:
     manifest = make_manifest(IDENTITY, {"backbone": "a"}, 4)
     assert manifest.fingerprint == make_manifest(IDENTITY, {"backbone": "b"}, 8).fingerprint

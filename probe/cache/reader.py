@@ -87,7 +87,8 @@ class Cache:
                     f"{root}: embedding has not finished ({len(sealed)} of {num_shards} shards). Run "
                     "the same `probe embed` again to continue it."
                 )
-            plan = resolve(plan, manifest, {number: load_sidecar(root, path) for number, path in sealed.items()})
+            sidecars = {number: load_sidecar(root, path, manifest.fingerprint) for number, path in sealed.items()}
+            plan = resolve(plan, manifest, sidecars)
         for info in plan.shards:
             try:
                 size = (root / "shards" / info.name).stat().st_size

@@ -25,7 +25,7 @@ import numpy as np
 from probe.cache.hdf5 import build_image, safe_open
 from probe.cache.plan import FAILED, Failure, ShardInfo
 from probe.cache.sealed import open_record, read_file, seal_record
-from probe.errors import CorruptError
+from probe.errors import CorruptError, MismatchError
 from probe.storage import atomic_write_bytes, make_folder
 
 KNOWN = -1  # in place of a row: the embedding lies in an older shard
@@ -136,8 +136,12 @@ def sealed_numbers(root: Path, plan_id: str, number: int | None = None) -> dict[
     return sealed
 
 
-def load_sidecar(root: Path, path: Path) -> Sidecar:
-    """Raises: CorruptError if the sidecar or its list of failures is damaged, or does not make sense."""
+def load_sidecar(root: Path, path: Path, fingerprint: str | None = None) -> Sidecar:
+    """Reads one sidecar.
+
+    Raises: CorruptError if it or its list of failures is damaged, or does not make sense; MismatchError if it is of a
+      cache with another fingerprint: two processes may have created this one at once, each in its own way.
+    """
     record = open_record(read_file(path), path)
     name = f"{path.parent.name}/{path.name}"
     try:
@@ -162,6 +166,11 @@ def load_sidecar(root: Path, path: Path) -> Sidecar:
         raise CorruptError(f"{path}: does not make sense ({err!r})") from err
     if not sane:
         raise CorruptError(f"{path}: does not make sense (its facts contradict each other)")
+    if fingerprint not in (None, sidecar.fingerprint):
+        raise MismatchError(
+            f"{path}: made in another way than this cache. Run `probe cache verify {root} --repair`, which removes it, "
+            "and then the same `probe embed` again."
+        )
     return sidecar
 
 

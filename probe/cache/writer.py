@@ -22,7 +22,7 @@ from probe.cache.shards import (
     seal_shard,
     sealed_numbers,
 )
-from probe.errors import CorruptError, MismatchError
+from probe.errors import CorruptError
 from probe.storage import atomic_write_bytes, make_folder, sweep_partials
 
 
@@ -84,13 +84,7 @@ class CacheWriter:
 
         CorruptError if it is damaged; MismatchError if another process sealed it in another way.
         """
-        sidecar = load_sidecar(self.root, path)
-        if sidecar.fingerprint != self.manifest.fingerprint:
-            raise MismatchError(
-                f"{path}: made in another way than this cache (fingerprint {sidecar.fingerprint[:12]} where "
-                f"{self.manifest.fingerprint[:12]} is meant). Remove it and run the same command again."
-            )
-        return sidecar
+        return load_sidecar(self.root, path, self.manifest.fingerprint)
 
     def seal(self, plan: Plan, number: int, contents: ShardContents, made_by: dict[str, Any]) -> None:
         """Writes shard `number` of the plan's work. Raises: StorageError."""
@@ -128,6 +122,8 @@ def newest_complete(root: Path) -> Plan | None:
 
 def draft_plan(root: Path, inputs: Inputs, *, rehash: bool = False, retry_failed: bool = False) -> Plan:
     """The plan for `inputs`, as `CacheWriter.plan` would store it; one without an `id` is not stored yet."""
+    # Sidecars first: one that another process seals from now on is of a plan that is listed then.
+    sidecars = list_sidecars(root)
     files = list_plans(root / "plan")
     newest = files[-1] if files else None
     digest = inputs.digest()
@@ -138,15 +134,13 @@ def draft_plan(root: Path, inputs: Inputs, *, rehash: bool = False, retry_failed
         fits = plan.inputs_digest == digest and not (retry_failed and (plan.shard == FAILED).any())
         if fits and rehash == (plan.rehash and not plan.complete) and not _lost(root, plan):
             return plan
-    complete = newest_complete(root)
     facts = _Facts()
-    if complete is not None:
+    if complete := next((load_plan(file.path) for file in reversed(files) if file.complete), None):
         facts.add_plan(complete, _lost(root, complete))
-    for name, path in list_sidecars(root).items():
-        if complete is None or name not in complete.absorbed:
-            sidecar = load_sidecar(root, path)
-            if sidecar.shard is None or _is_there(root, sidecar.shard):
-                facts.add_sidecar(sidecar)
+    for name in sorted(sidecars.keys() - facts.absorbed):
+        sidecar = load_sidecar(root, sidecars[name], load_manifest(root).fingerprint)
+        if sidecar.shard is None or _is_there(root, sidecar.shard):
+            facts.add_sidecar(sidecar)
     return _make_plan(inputs, digest, facts, newest.revision + 1 if newest else 0, rehash, retry_failed)
 
 
