@@ -298,12 +298,13 @@ def test_a_shard_of_another_fingerprint_is_never_taken_up(tmp_path: Path) -> Non
     (tmp_path / "c/plan" / f"{plan.id}.h5").unlink()
     other = make_manifest(IDENTITY | {"batch_size": 3}, {}, 4)
     (tmp_path / "c/cache.json").write_bytes(other.encode())
+    writer = CacheWriter(tmp_path / "c", other)
     for take_up in (
         lambda: Cache.open(tmp_path / "c", partial=True),
-        lambda: CacheWriter(tmp_path / "c", other).complete(plan),
-        lambda: CacheWriter(tmp_path / "c", other).plan(inputs_of(files, mtime=2)),
+        lambda: writer.complete(writer.plan(inputs_of(files))),
+        lambda: writer.plan(inputs_of(files, mtime=2)),
     ):
-        with pytest.raises(MismatchError, match="made in another way than this cache.*--repair"):
+        with pytest.raises(MismatchError, match=r"made in another way than this cache.*--repair"):
             take_up()
 
 
