@@ -105,3 +105,23 @@ def test_overwrite_replaces_the_whole_run(tiny_clip: Path, tmp_path: Path) -> No
     assert bundle.load(tmp_path / "run").head.hidden == ()
     assert not (tmp_path / "run" / "backbone").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_overwrite_replaces_runs_and_nothing_else(tiny_clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").touch()
+    with pytest.raises(InputError, match=r"holds no classifier\.json"):
+        save(tmp_path / "photos", tiny_clip, overwrite=True)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
+
+
+def test_a_backbone_that_was_replaced_is_not_bundled(tmp_path: Path) -> None:
+    checkpoint = write_tiny_clip(tmp_path / "clip")
+    found = load_backbone(str(checkpoint))
+    reference = bundle.BackboneReference(name=found.name, revision=None, fingerprint=found.fingerprint)
+    assert reference.load().fingerprint == found.fingerprint
+    (checkpoint / "model.safetensors").write_bytes(
+        (write_tiny_clip(tmp_path / "other", seed=1) / "model.safetensors").read_bytes()
+    )
+    with pytest.raises(MismatchError, match="was trained on"):
+        reference.load()

@@ -1,6 +1,7 @@
 """The command line: thin, quick to answer, and clear about what is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,9 +26,9 @@ def assert_refused(result: tuple[int, str, str], code: int, *words: str) -> None
     """One clear line, the exit code of its kind, and no traceback."""
     actual_code, out, err = result
     assert actual_code == code, err
-    message = [line for line in err.splitlines() if line.startswith("probe: error: ")]
-    assert len(message) == 1
-    assert "Traceback" not in err
+    message = err.splitlines()[-1:]
+    assert message[0].startswith("probe: error: ")
+    assert [line for line in err.splitlines()[:-1] if not line.startswith(("decoding", "embedding"))] == []
     assert out == ""
     for word in words:
         assert word in message[0]
@@ -210,3 +211,44 @@ def copy_folder(source: Path, target: Path) -> Path:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
     return target
+
+
+def test_what_a_start_was_fitted_or_chosen_on_is_not_judged(
+    trained: Path, tiny_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The head of a fit-linear run has seen every training row, and with them what finetune would hold out."""
+    options = ["--backbone", tiny_clip, "--init", trained / "run", "--epochs", 1, "--out", tmp_path / "tuned"]
+    code, out, err = run(capsys, "finetune", trained / "images", *options)
+    assert code == 0, err
+    val = json.loads((tmp_path / "tuned" / "metrics.json").read_text())["splits"]["val"]
+    assert val["accuracy"] is None
+    assert "was fitted or chosen on some of these rows" in val["why"]
+    assert "no figure for its" in out
+
+
+def test_test_images_that_are_also_trained_on_are_told(
+    tiny_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_image_folder(tmp_path / "images", {"train": 8})
+    copy_folder(images / "train" / "red", images / "test" / "red")
+    assert run(capsys, "embed", images, "--backbone", tiny_clip, "--out", tmp_path / "cache")[0] == 0
+    _, out, _ = run(capsys, "fit-linear", tmp_path / "cache", "--out", tmp_path / "run")
+    assert "8 of the 8 test images are also among those trained or chosen on" in out
+
+
+def test_a_finished_run_survives_a_terminal_without_greek(trained: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "probe.cli", "fit-linear", str(trained / "cache"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0, done.stderr
+    assert rb"\u03bb" in done.stdout
+
+
+def test_a_failed_image_whose_name_is_no_text(
+    tiny_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_image_folder(tmp_path / "images", {"train": 6})
+    Path(os.fsdecode(os.fsencode(images / "train" / "red") + b"/\xff.png")).write_bytes(b"not an image")
+    options = ["--backbone", tiny_clip, "--epochs", 1, "--out", tmp_path / "run", "--json"]
+    code, out, err = run(capsys, "finetune", images, *options)
+    assert code == 0, err
+    assert [failure["path"] for failure in json.loads(out)["failures"]] == ["train/red/\udcff.png"]

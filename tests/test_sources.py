@@ -405,7 +405,7 @@ def test_absolute_paths_and_names_in_any_encoding(tmp_path: Path) -> None:
         ("path,label\nfolder,a\n", ["line 2: folder is a folder"]),
         ("path,label\n,a\n", ["line 2: no path"]),
         ("name,label\n1.jpg,a\n", ["no column path or file_name; there are label, name"]),
-        ("path,split\n1.jpg,training\n", ["line 2: split 'training' is none of train, val"]),
+        ("path,split\n1.jpg,holdout\n", ["line 2: split 'holdout' is none of train, training, val"]),
         ("path,label\n1.jpg,\"['a', 'b']\"\n", ["is no list in JSON"]),
         ('path,label\n1.jpg,"[1, 2]"\n2.jpg,a\n', ["1 rows with a list of labels, 1 with one label"]),
         ("path,label\n1.jpg,a,b\n", ["line 2 has 3 fields, the header 2"]),
