@@ -107,7 +107,7 @@ def test_every_crash_state_resumes_to_the_same_bytes(times: int, folder: Path, u
             check_crash_state(state, reference, folder / str(index))
     print(dict(counts), "states,", len(checked), "distinct")
     assert counts["prefix"] > 100
-    assert len(checked) > 200 * times  # few operations wait for an fsync at any time, so many states are equal
+    assert len(checked) > 150 * times  # few operations wait for an fsync at any time, so many states are equal
 
 
 def check_crash_state(state: CrashState, reference: dict[str, bytes], root: Path) -> None:
