@@ -18,11 +18,12 @@ from probe.backbones import load_backbone
 from probe.config import EmbedConfig, FinetuneConfig
 from probe.embed import embed
 from probe.errors import ConfigError, InputError, MismatchError
-from probe.finetune import describe, finetune, make_apply_fn
+from probe.finetune import describe, finetune
 from probe.heads import Classifier, TrainedHead
 from probe.sources import open_source
 from probe.training import optim, steps
 from probe.training.decoded import ImageRows
+from probe.training.full import make_apply_fn
 from probe.training.start import embed_rows
 from tests.conftest import write_image_folder
 

@@ -11,9 +11,9 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from probe.backbones import load_backbone
-from probe.finetune import make_apply_fn
 from probe.heads import Classifier
 from probe.training import optim, steps
+from probe.training.full import make_apply_fn
 
 FOLDER = Path(__file__).parent / "golden" / "training"  # made by make_training.py beside it
 
