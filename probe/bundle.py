@@ -124,7 +124,7 @@ def save(
     multi_label: bool = False,
     config: dict[str, Any],
     metrics: dict[str, Any],
-    seen: np.ndarray | None = None,
+    seen: frozenset[bytes] = frozenset(),
     files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -138,7 +138,7 @@ def save(
       backbone_copy: the backbone to write into the folder, fine-tuned or bundled.
       config: the verb's configuration as JSON values.
       metrics: what goes into metrics.json.
-      seen: [n, 32] uint8, content keys of the rows that fitted or chose.
+      seen: content keys of the images that fitted or chose, 32 bytes each.
       files: further files of the run, name to content (say, history.csv).
       overwrite: replace an earlier run under `out`.
     Raises: InputError as `require_free` does; StorageError if the disk fails.
@@ -159,7 +159,7 @@ def save(
         _PREPROCESSOR: _json_bytes(preprocessor_config),
         "config.json": _json_bytes({**config, "versions": versions()}),
         "metrics.json": _json_bytes(metrics),
-        _SEEN: safetensors.numpy.save({"keys": np.zeros((0, 32), np.uint8) if seen is None else seen}),
+        _SEEN: safetensors.numpy.save({"keys": np.frombuffer(b"".join(sorted(seen)), np.uint8).reshape(-1, 32)}),
         **(files or {}),
     }
     with storage.atomic_folder(out, replacing=_CLASSIFIER if overwrite else None) as folder:

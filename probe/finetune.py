@@ -52,7 +52,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     source = open_source(config.images)
     check_labels(source)
     loaded = load_backbone(config.backbone)
-    given = _given_head(config, source.class_names, loaded)
+    given, seen_by_start = _given_head(config, source.class_names, loaded)
     backbone = loaded if config.image_size is None else resize_backbone(loaded, config.image_size)
     rules = _rules(config, backbone, given)  # before the images are read: a clash should cost no time
     images = ImageRows.decode(source, backbone.preprocessing, num_workers=config.num_workers, on_error=config.on_error)
@@ -77,7 +77,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     val_logits = probe_logits if found["kept"] == "probe" else judged.interpolated
     unjudged = "too few rows to choose and to judge" if val_logits is None else None
-    if _start_has_seen(config, images.keys[rows.val]):
+    if not seen_by_start.isdisjoint(map(bytes, images.keys[rows.val])):
         unjudged = f"{config.init} was fitted or chosen on some of these rows: start from --init probe for a figure"
     answers = {"val": (rows.val, val_logits)} if unjudged is None and val_logits is not None else {}
     if len(rows.test):
@@ -113,18 +113,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         keys=images.keys,
         labels=true,
     )
-    fitted_or_chose = np.concatenate([rows.train, rows.val])
-    _save(
-        config,
-        loaded,
-        backbone,
-        start,
-        names,
-        tuning.variables(alpha, epoch),
-        metrics,
-        kept,
-        images.keys[fitted_or_chose],
-    )
+    seen = seen_by_start.union(map(bytes, images.keys[np.concatenate([rows.train, rows.val])]))
+    _save(config, loaded, backbone, start, names, tuning.variables(alpha, epoch), metrics, kept, seen)
     shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
     return metrics
 
@@ -168,12 +158,15 @@ def _rules(config: FinetuneConfig, backbone: Backbone, head: TrainedHead | None)
     return rules
 
 
-def _given_head(config: FinetuneConfig, class_names: tuple[str, ...], backbone: Backbone) -> TrainedHead | None:
-    """The head to start from, or None where it is still to be solved."""
+def _given_head(
+    config: FinetuneConfig, class_names: tuple[str, ...], backbone: Backbone
+) -> tuple[TrainedHead | None, frozenset[bytes]]:
+    """The head to start from, or None where it is still to be solved; and the content keys of the images that it was
+    fitted or chosen on."""
     if config.init == "probe":
-        return None
+        return None, frozenset()
     if config.init == "zeros":
-        return zero_head(backbone.width, len(class_names))
+        return zero_head(backbone.width, len(class_names)), frozenset()
     run = bundle.load(Path(config.init))
     faults = []
     if run.class_names != class_names:
@@ -191,14 +184,7 @@ def _given_head(config: FinetuneConfig, class_names: tuple[str, ...], backbone: 
             f"--init {config.init}: {'; '.join(faults)}. "
             "Give a run that `probe fit-linear` made on these classes and this backbone."
         )
-    return run.head
-
-
-def _start_has_seen(config: FinetuneConfig, keys: np.ndarray) -> bool:
-    """Whether the run that training starts from was fitted or chosen on images of these content keys, [n, 32]."""
-    if config.init in ("probe", "zeros"):
-        return False
-    return not bundle.load(Path(config.init)).seen.isdisjoint(map(bytes, keys))
+    return run.head, run.seen
 
 
 def _probe(
@@ -256,7 +242,7 @@ def _save(
     variables: tuple[dict[str, Any], dict[str, Any]],
     metrics: dict[str, Any],
     answers: predictions.Predictions,
-    seen: np.ndarray,
+    seen: frozenset[bytes],
 ) -> None:
     params, model_state = variables
     tuned = dataclasses.replace(backbone, variables=backbone_variables(params, model_state))

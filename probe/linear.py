@@ -71,7 +71,7 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
         multi_label=data.multi_label,
         config=to_json(config),
         metrics=metrics,
-        seen=table.keys[np.concatenate([data.splits.train, data.splits.val])],
+        seen=_seen(table.keys, data.splits),
         files={predictions.FILE_NAME: predictions.to_bytes(answers)},
         overwrite=config.overwrite,
     )
@@ -222,9 +222,14 @@ def check_finite(embeddings: np.ndarray, names: Sequence[bytes]) -> None:
         )
 
 
+def _seen(keys: np.ndarray, splits: Splits) -> frozenset[bytes]:
+    """The content keys of the rows that fit or choose, out of those of all rows, [N, 32] uint8."""
+    return frozenset(map(bytes, keys[np.concatenate([splits.train, splits.val])]))
+
+
 def _leaks(keys: np.ndarray, splits: Splits) -> list[str]:
     """A note where test images stand, byte for byte, among those that fit or choose: [N, 32] content keys."""
-    seen = set(map(bytes, keys[np.concatenate([splits.train, splits.val])]))
+    seen = _seen(keys, splits)
     leaked = sum(bytes(key) in seen for key in keys[splits.test])
     if not leaked:
         return []

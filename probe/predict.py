@@ -73,6 +73,9 @@ def predict(config: PredictConfig) -> dict[str, Any]:
                     "probabilities": [float(p) for p in row],
                 }
             )
+    for failure in failures:
+        name = display_name(os.fsencode(failure["path"]))
+        print(f"{name}: not classified: {failure['detail']} ({failure['reason']})", file=sys.stderr)
     if not predictions:
         raise InputError(f"{config.images}: none of its {len(failures)} images can be read: {failures[0]['detail']}")
     result = {"class_names": list(classifier.class_names), "predictions": predictions, "failures": failures}
@@ -82,10 +85,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The lines printed on stdout: the CSV itself, or where it was written; failures stand on stderr."""
-    for failure in result["failures"]:
-        name = display_name(os.fsencode(failure["path"]))
-        print(f"{name}: not classified: {failure['detail']} ({failure['reason']})", file=sys.stderr)
+    """The lines printed on stdout: the CSV itself, or where it was written."""
     if result["out"] is None:
         return _csv(result).decode(errors="backslashreplace").rstrip("\n")
     failed = f", {len(result['failures'])} could not be read" if result["failures"] else ""

@@ -224,6 +224,9 @@ def test_what_a_start_was_fitted_or_chosen_on_is_not_judged(
     assert val["accuracy"] is None
     assert "was fitted or chosen on some of these rows" in val["why"]
     assert "no figure for its" in out
+    seen_by_start = probe.load_run(trained / "run").seen
+    assert len(seen_by_start) == 36
+    assert probe.load_run(tmp_path / "tuned").seen >= seen_by_start  # what a start has seen, its successor has
 
 
 def test_test_images_that_are_also_trained_on_are_told(

@@ -15,13 +15,13 @@ NUM_RESAMPLES = 1000
 _FEWEST_RESAMPLES = 200
 _MOST_DRAWS = 100_000_000  # of rows in all, one or two seconds; only beyond 100,000 rows are there fewer samples
 _CHUNK_ELEMENTS = 2_000_000  # counts in memory at a time, 16 MB
-_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 _FEW = 10  # hits or misses below which a resampled share says more of its lattice than of its uncertainty
 
 
 def wilson_interval(num_correct: float, num_examples: float) -> list[float]:
     """95 % score interval [low, high] of a share; it keeps its level near 0 and 1. Source: Wilson 1927."""
-    share, spread = num_correct / num_examples, _Z95**2 / num_examples
+    share, spread = num_correct / num_examples, Z95**2 / num_examples
     centre = share + spread / 2
     half_width = math.sqrt(spread * (share * (1 - share) + spread / 4))
     low, high = (centre - half_width) / (1 + spread), (centre + half_width) / (1 + spread)
@@ -56,7 +56,7 @@ def bootstrap_interval(samples: np.ndarray, value: float) -> list[float] | None:
         return None
     below = (np.sum(known < value) + np.sum(known == value) / 2) / len(known)
     bias = stats.norm.ppf(np.clip(below, 1 / len(known), 1 - 1 / len(known)))
-    low, high = np.quantile(known, stats.norm.cdf(2 * bias + np.array([-_Z95, _Z95])))
+    low, high = np.quantile(known, stats.norm.cdf(2 * bias + np.array([-Z95, Z95])))
     return [min(float(low), value), max(float(high), value)]
 
 

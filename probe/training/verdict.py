@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from probe.evaluation.choice import best_candidate, halves, score
+from probe.evaluation.intervals import Z95
 
 ALPHAS = tuple(step / 10 for step in range(11))
-_Z95 = 1.959963984540054
 
 Curves = Callable[[int], np.ndarray]
 
@@ -109,5 +109,5 @@ def paired_interval(right_a: np.ndarray, right_b: np.ndarray) -> tuple[float, fl
     total = len(right_a) + 2
     gained = float(np.sum(right_b & ~right_a) + 1) / total
     lost = float(np.sum(right_a & ~right_b) + 1) / total
-    half_width = _Z95 * math.sqrt((gained + lost - (gained - lost) ** 2) / total)
+    half_width = Z95 * math.sqrt((gained + lost - (gained - lost) ** 2) / total)
     return max(-1.0, gained - lost - half_width), min(1.0, gained - lost + half_width)
