@@ -23,8 +23,10 @@ def test_first_command_runs_and_classifies_digits(tmp_path: Path) -> None:
     command = block_under("Try it", "bash")
     install, rest = re.split(r"&& (?=\.venv/bin/python data)", command)
     assert install.strip() == "python3 -m venv .venv && .venv/bin/pip install -q ."
-    # The environment that runs this test stands for the fresh one; `work` for the folder that the reader gets.
-    rest = rest.replace(".venv/bin/", f"{shlex.quote(str(BIN))}/").replace("work", shlex.quote(str(tmp_path / "work")))
+    # The environment that runs this test stands for the fresh one; `work` for the folder that the reader gets. In one
+    # pass: the paths put in may hold either word.
+    stands_for = {".venv/bin/": f"{shlex.quote(str(BIN))}/", "work": shlex.quote(str(tmp_path / "work"))}
+    rest = re.sub(r"\.venv/bin/|work", lambda found: stands_for[found.group()], rest)
     done = subprocess.run(rest, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     predictions = (tmp_path / "work" / "predictions.csv").read_text().splitlines()
