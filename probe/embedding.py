@@ -118,11 +118,7 @@ class _Batches:
             self._send()
 
     def finish(self) -> dict[str, np.ndarray]:
-        """{view:
-
-        [R, D] float32} of all images, in the order in which they were added; empty if there were
-        none.
-        """
+        """{view: [R, D] float32} of all images, in the order in which they were added; empty if there were none."""
         if self._pixels:
             self._send()
         while self._in_flight:

@@ -12,10 +12,7 @@ _BODY = len(_HEAD) + 64 + len(_TAIL)
 
 
 def canonical_json(value: Any) -> bytes:
-    """One spelling for equal values:
-
-    sorted keys, no spaces, ASCII. Raises: ValueError for NaN and infinity.
-    """
+    """One spelling for equal values: sorted keys, no spaces, ASCII. Raises: ValueError for NaN and infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 

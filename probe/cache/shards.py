@@ -124,7 +124,8 @@ def list_sidecars(root: Path) -> dict[str, Path]:
 def sealed_numbers(root: Path, plan_id: str, number: int | None = None) -> dict[int, Path]:
     """Which shards of a plan are sealed: number → sidecar. Of twins, made on unlike devices, the first name.
 
-    Args: number: look for this shard alone.
+    Args:
+      number: look for this shard alone.
     """
     pattern = f"*/{plan_id}-*.json" if number is None else f"{_folder(number)}/{plan_id}-{number:05d}-*.json"
     sealed: dict[int, Path] = {}

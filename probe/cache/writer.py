@@ -80,10 +80,7 @@ class CacheWriter:
         return sealed_numbers(self.root, plan.id, number).get(number)
 
     def load_sidecar(self, path: Path) -> Sidecar:
-        """Raises:
-
-        CorruptError if it is damaged; MismatchError if another process sealed it in another way.
-        """
+        """Raises: CorruptError if it is damaged; MismatchError if another process sealed it in another way."""
         return load_sidecar(self.root, path, self.manifest.fingerprint)
 
     def seal(self, plan: Plan, number: int, contents: ShardContents, made_by: dict[str, Any]) -> None:

@@ -46,8 +46,7 @@ def make_apply_fn(
     float32, as in `probe embed`.
 
     Args:
-      train_batchnorm: normalise by the statistics of the batch in training and update the running ones. Else
-      those
+      train_batchnorm: normalise by the statistics of the batch in training and update the running ones. Else those
         of the pretrained tower stay: a fine-tuning batch is too small to replace them.
       bfloat16: train in bfloat16, with the weights, their gradients' sums and all evaluation in float32.
       remat: keep the results of matrix products only for the backward pass, and compute the rest again.

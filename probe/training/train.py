@@ -129,11 +129,12 @@ def fit(
       seed: of dropout and augmentation; the order of the examples is the business of `train_batches`.
       frozen: the other leaves that `apply_fn` needs.
       model_state: batch statistics, or nothing.
-      prepare, num_microbatches, average_decay: as in `make_train_step`; the average is what is judged and
-      kept. patience: stop once so many epochs in a row were no better than the best before them. wanted:
-      (logits [E, N, C] so far, labels [N]) -> epochs whose snapshots may be needed in the end. place,
-      place_batch: put state and batches on devices (`probe.training.sharding`). checkpointing: save the run as it
-      goes, and go on with one. on_epoch: told each line of the history as it is made.
+      prepare, num_microbatches, average_decay: as in `make_train_step`; the average is what is judged and kept.
+      patience: stop once so many epochs in a row were no better than the best before them.
+      wanted: (logits [E, N, C] so far, labels [N]) -> epochs whose snapshots may be needed in the end.
+      place, place_batch: put state and batches on devices (`probe.training.sharding`).
+      checkpointing: save the run as it goes, and go on with one.
+      on_epoch: told each line of the history as it is made.
     Raises: NumericalError if a loss is not finite, naming it, the step and the last good checkpoint;
       Interrupted at a signal, after a checkpoint was written; MismatchError if the checkpoint to go on with
       is of another run, CorruptError if it is damaged.
