@@ -3,17 +3,25 @@
 jax is imported inside the verb, so that `--help` answers at once.
 """
 
+import dataclasses
 import importlib.metadata
 import io
 import json
 import os
 import signal
 import sys
+import types
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Union, get_args
 
 import tyro
 from tyro.conf import subcommand
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    UnsupportedTypeAnnotationError,
+)
 
 from probe import config as configs
 from probe.errors import ProbeError
@@ -36,6 +44,25 @@ _Command = (
     | Annotated[_Cache, subcommand("cache", description="List, verify, join and exchange caches.", prefix_name=False)]
 )
 
+_OPTIONAL = ConstructorRegistry()
+
+
+@_OPTIONAL.primitive_rule
+def _optional(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
+    """An option that may be left out is read as its own type: the word None is not a value for it."""
+    inner = [kind for kind in get_args(option.type) if kind is not type(None)]
+    if option.type_origin not in (types.UnionType, Union) or len(inner) != 1:
+        return None
+    spec = _OPTIONAL.get_primitive_spec(PrimitiveTypeInfo.make(inner[0], option.markers))
+    if isinstance(spec, UnsupportedTypeAnnotationError):
+        return spec
+    return dataclasses.replace(
+        spec,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: [] if value is None else spec.str_from_instance(value),
+    )
+
+
 _Verb = Callable[[Any], dict[str, Any]]  # config -> result as JSON values
 _Describe = Callable[[dict[str, Any]], str]  # the result as text for people
 
@@ -54,12 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"probe {importlib.metadata.version('probe-jax')}")
         return 0
+    if os.environ.get("NO_COLOR"):
+        tyro._experimental_options["ansi_codes"] = False
     try:
         config = tyro.cli(
             _Command,  # type: ignore[arg-type]  # a union is a type form, which mypy has no name for yet
             prog="probe",
             description="Turn a pretrained vision backbone into a classifier that one can trust.",
             args=arguments,
+            registry=_OPTIONAL,
         )
         result, text = run_interruptibly(lambda: _run(config))
         print(json.dumps(result) if config.json else text, flush=True)

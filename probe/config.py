@@ -8,13 +8,16 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from probe.errors import ConfigError
 
-Flag = FlagCreatePairsOff[bool]  # `--overwrite`, never `--overwrite False` read as true
+T = TypeVar("T")
+_no_default_shown = arg(help_behavior_hint="")
+Flag = Annotated[FlagCreatePairsOff[bool], _no_default_shown]  # `--overwrite`, never `--overwrite False` read as true
+IfGiven = Annotated[T | None, _no_default_shown]  # None where it is not given; its text says what stands in then
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -53,25 +56,25 @@ class EmbedConfig:
     """Hub id (openai/clip-vit-base-patch32, or with @revision) or a local folder in Hugging Face layout."""
     out: Path
     """Cache folder to create or to continue."""
-    batch_size: int | None = None
+    batch_size: IfGiven[int] = None
     """Images per step, fixed by whoever creates the cache (if not given: 32, or what the cache says)."""
-    dtype: Literal["float32", "float16"] | None = None
+    dtype: IfGiven[Literal["float32", "float16"]] = None
     """Type that embeddings are stored in, fixed likewise (if not given: float32, or what the cache says)."""
-    shard_rows: int | None = None
+    shard_rows: IfGiven[int] = None
     """Images per shard, fixed likewise: what a kill can cost (if not given: 1,024 on a CPU, else 16,384)."""
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable image does: get no row and be reported, or end the run."""
-    max_failures: int | None = None
+    max_failures: IfGiven[int] = None
     """End the run, with exit code 4, once more images than this have failed (if not given: no limit)."""
-    image_root: Path | None = None
+    image_root: IfGiven[Path] = None
     """What a manifest's paths are relative to (if not given: the folder that it is in)."""
-    path_column: str | None = None
+    path_column: IfGiven[str] = None
     """Column of a manifest that names the image (if not given: path or file_name)."""
     label_column: UseAppendAction[tuple[str, ...]] = ()
     """Column with the class or classes (if not given: label); several, by giving the option again, say yes or no."""
-    split_column: str | None = None
+    split_column: IfGiven[str] = None
     """Column with train, val or test (if not given: split, where there is one)."""
-    group_column: str | None = None
+    group_column: IfGiven[str] = None
     """Column of what must stay on one side of a split, as a patient (if not given: group, where there is one)."""
     retry_failed: Flag = False
     """Try again what failed in earlier runs; else only changed files are tried again."""
@@ -79,7 +82,7 @@ class EmbedConfig:
     """Read every file again, also where its size and time have not changed."""
     max_pixels: int = 100_000_000
     """Width x height above which an image is refused before it is decoded."""
-    limit: int | None = None
+    limit: IfGiven[int] = None
     """Embed only this many images, spread evenly over the source: to try something out."""
     dry_run: Flag = False
     """Write nothing; say how many images, bytes and minutes it would be, and how much disk."""
@@ -87,7 +90,7 @@ class EmbedConfig:
     """Which of --num-shards processes this one is, from 0."""
     num_shards: int = 1
     """Processes, on any hosts that share the cache's file system, that divide the work between them."""
-    num_workers: int | None = None
+    num_workers: IfGiven[int] = None
     """Processes that decode images (if not given: one per core)."""
     json: Flag = False
     """Print the summary to stdout as JSON."""
@@ -125,7 +128,7 @@ class CacheVerifyConfig:
 
     cache: Annotated[Positional[Path], arg(metavar="CACHE")]
     """Cache folder."""
-    deep: Path | None = None
+    deep: IfGiven[Path] = None
     """Also read every image of this source and compare it with the key it was embedded under."""
     repair: Flag = False
     """Remove damaged files; the same `probe embed` then makes them anew."""
@@ -184,9 +187,9 @@ class CacheImportConfig:
     """.npz, .npy (with --table), .parquet or .h5 file: embeddings, labels, and if there are, names, splits, groups."""
     out: Path
     """Cache folder to create."""
-    table: Path | None = None
+    table: IfGiven[Path] = None
     """CSV file with one line per row of a .npy: columns label, and if there are, name, split, group."""
-    extractor: str | None = None
+    extractor: IfGiven[str] = None
     """What made the features, in your words (if not given: the file); only caches that agree in it can be merged."""
     json: Flag = False
     """Print the summary to stdout as JSON."""
@@ -298,7 +301,7 @@ class FinetuneConfig:
     """Replace what stands under --out."""
     init: str = "probe"
     """Where the head starts: probe (solved on the training embeddings first), zeros, or a `fit-linear` run."""
-    cache: Path | None = None
+    cache: IfGiven[Path] = None
     """Cache made by `probe embed`, to take embeddings from for --init probe."""
     wise: str = "best"
     """How far from the start to the end the weights are kept: best on validation, a share of 0 to 1, or off (1)."""
@@ -308,15 +311,15 @@ class FinetuneConfig:
     """Passes over the training images."""
     batch_size: int = 16
     """Images per step."""
-    backbone_lr: float | None = None
+    backbone_lr: IfGiven[float] = None
     """Peak step size of the backbone (if not given: 1e-5); 0 freezes it."""
-    head_lr: float | None = None
+    head_lr: IfGiven[float] = None
     """Peak step size of the head (if not given: 1e-3)."""
     freeze: UseAppendAction[tuple[str, ...]] = ()
     """Parameter paths to freeze, by prefix or pattern: backbone, backbone/encoder/layers_0, **/bias."""
-    layer_decay: float | None = None
+    layer_decay: IfGiven[float] = None
     """Step size of each block of the backbone as a share of that of the block above it."""
-    unfreeze_last: int | None = None
+    unfreeze_last: IfGiven[int] = None
     """Train the last K blocks of the backbone and freeze those below."""
     rates: UseAppendAction[tuple[str, ...]] = ()
     """A rule pattern=rate or pattern=frozen, the first match wins; these replace the options above."""
@@ -326,13 +329,13 @@ class FinetuneConfig:
     """Of SGD."""
     weight_decay: float = 1e-4
     """Decoupled weight decay, not on biases and norms."""
-    clip_norm: float | None = None
+    clip_norm: IfGiven[float] = None
     """Longest gradient, over all parts together (if not given: no limit)."""
     accumulate: int = 1
     """Parts into which a batch is cut, to need the memory of one; the step is that of the whole batch."""
-    average: float | None = None
+    average: IfGiven[float] = None
     """Decay of an exponential moving average of the weights, which is then what is judged and kept."""
-    patience: int | None = None
+    patience: IfGiven[int] = None
     """Stop once this many epochs in a row were no better on validation (if not given: run them all)."""
     warmup_fraction: float = 0.1
     """Share of the steps over which the rates rise from 0; then they fall to 0 as a cosine."""
@@ -360,7 +363,7 @@ class FinetuneConfig:
     """CutMix: α of the Beta distribution (0: off)."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
-    image_size: int | None = None
+    image_size: IfGiven[int] = None
     """Height and width of the images; position embeddings are interpolated (if not given: the checkpoint's)."""
     train_batchnorm: Flag = False
     """Normalise by the statistics of the batch and update the running ones (if not given: the pretrained ones stay)."""
@@ -380,7 +383,7 @@ class FinetuneConfig:
     """Copy the backbone into the run folder even if it was not changed."""
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable image does: be left out and reported, or end the run."""
-    num_workers: int | None = None
+    num_workers: IfGiven[int] = None
     """Processes that decode images (if not given: one per core)."""
     seed: int = 0
     """Seed of the validation split, the order of the images and dropout."""
@@ -429,17 +432,17 @@ class PredictConfig:
     """Run folder."""
     images: Annotated[Positional[Path], arg(metavar="IMAGES")]
     """Image file, or folder of images, searched through all its subfolders."""
-    out: Path | None = None
+    out: IfGiven[Path] = None
     """CSV file to write: path, predicted class, probability of each class (if not given: stdout)."""
     overwrite: Flag = False
     """Replace what stands under --out."""
-    backbone: str | None = None
+    backbone: IfGiven[str] = None
     """Where the backbone is now, if it has moved since the run was made."""
     batch_size: int = 32
     """Images per step."""
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable image does: be left out and reported, or end the run."""
-    num_workers: int | None = None
+    num_workers: IfGiven[int] = None
     """Processes that decode images (if not given: one per core)."""
     json: Flag = False
     """Print the predictions to stdout as JSON."""

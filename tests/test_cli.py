@@ -1,5 +1,6 @@
 """The command line: thin, quick to answer, and clear about what is wrong."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -50,6 +51,30 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
     code, out, _ = run(capsys, verb, "--help")
     assert code == 0
     assert "--json" in out
+    assert "None" not in out
+
+
+def test_an_option_that_may_be_left_out_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "embed", "photos", "--out", "cache", "--backbone", "b", "--limit", "None")
+    assert (code, out) == (2, "")
+    assert "--limit INT" in err
+    assert "instantiated" not in err
+
+
+@pytest.mark.parametrize(("setting", "colours"), [("1", False), ("", True)])
+def test_no_color_is_heeded_on_a_terminal(setting: str, colours: bool) -> None:
+    environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": setting}
+    terminal, its_end = os.openpty()
+    command = [sys.executable, "-m", "probe.cli", "--help"]
+    with subprocess.Popen(command, stdout=its_end, stderr=its_end, env=environment) as process:
+        os.close(its_end)
+        shown = b""
+        with contextlib.suppress(OSError):  # a terminal whose other end is closed ends so
+            while chunk := os.read(terminal, 65536):
+                shown += chunk
+        os.close(terminal)
+    assert process.returncode == 0
+    assert (b"\x1b[" in shown) == colours
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
