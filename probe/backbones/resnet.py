@@ -117,48 +117,56 @@ class ResidualLayer(nn.Module):
 
 
 class Stage(nn.Module):
-    """Layers of one width; the first may halve the picture."""
+    """Layers of one width, from `first_layer` on; layer 0 may halve the picture."""
 
     config: ResNetConfig
     features: int
     depth: int
     stride: int
+    first_layer: int = 0
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, in] -> [B, ceil(H / stride), ceil(W / stride), features]."""
-        for index in range(self.depth):
+        for index in range(self.first_layer, self.depth):
             stride = self.stride if index == 0 else 1
             hidden = ResidualLayer(self.config, self.features, stride, name=f"layers_{index}")(hidden, train)
         return hidden
 
 
 class Encoder(nn.Module):
-    """The stages, in order."""
+    """The stages, in order; of their layers, counted through, those from `first_block` on."""
 
     config: ResNetConfig
+    first_block: int = 0
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, embedding_size] -> [B, h, w, D]."""
-        config = self.config
+        config, to_skip = self.config, self.first_block
         for index, (features, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
             stride = 2 if index > 0 or config.downsample_in_first_stage else 1
-            hidden = Stage(config, features, depth, stride, name=f"stages_{index}")(hidden, train)
+            if to_skip < depth:
+                stage = Stage(config, features, depth, stride, to_skip, name=f"stages_{index}")
+                hidden = stage(hidden, train)
+            to_skip = max(to_skip - depth, 0)
         return hidden
 
 
 class ResNet(nn.Module):
-    """A ResNet of any `ResNetConfig`, without its classifier."""
+    """A ResNet of any `ResNetConfig`, without its classifier, or the part of it from `first_block` on (see
+    `probe.backbones.split`)."""
 
     config: ResNetConfig
+    first_block: int = 0
 
     @nn.compact
     def __call__(self, pixels: jax.Array, train: bool = False) -> TowerOutput:
         """Embeds images.
 
         Args:
-          pixels: [B, H, W, num_channels] float32 of any size, normalised as the checkpoint wants them.
+          pixels: [B, H, W, num_channels] float32 of any size, normalised as the checkpoint wants them; with a
+            `first_block` above 0, what enters that block instead, [B, h, w, C].
           train: normalise by the statistics of this batch and update the running ones ("batch_stats" must be
             mutable); padded rows would count in them, so a training batch must be full. The running variance
             is the biased one, as linen keeps it (PyTorch's is larger by n / (n - 1)).
@@ -166,9 +174,11 @@ class ResNet(nn.Module):
         Raises: ValueError if the images have another number of channels.
         """
         config = self.config
-        if pixels.shape[-1] != config.num_channels:
-            raise ValueError(f"this tower takes {config.num_channels} channels, got images of {pixels.shape[1:]}")
-        hidden = ConvLayer(config.embedding_size, 7, 2, config.hidden_act, name="embedder")(pixels, train)
-        hidden = nn.max_pool(hidden, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        hidden = Encoder(config, name="encoder")(hidden, train)
+        hidden = pixels
+        if self.first_block == 0:
+            if pixels.shape[-1] != config.num_channels:
+                raise ValueError(f"this tower takes {config.num_channels} channels, got images of {pixels.shape[1:]}")
+            hidden = ConvLayer(config.embedding_size, 7, 2, config.hidden_act, name="embedder")(pixels, train)
+            hidden = nn.max_pool(hidden, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        hidden = Encoder(config, self.first_block, name="encoder")(hidden, train)
         return TowerOutput(last_hidden_state=hidden, pooler_output=hidden.mean(axis=(1, 2)))

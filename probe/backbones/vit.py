@@ -171,40 +171,45 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers, in order."""
+    """The layers, in order, from `first_block` on."""
 
     config: ViTConfig
+    first_block: int = 0
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        for index in range(self.config.num_hidden_layers):
+        for index in range(self.first_block, self.config.num_hidden_layers):
             hidden = EncoderLayer(self.config, name=f"layers_{index}")(hidden, train)
         return hidden
 
 
 class VisionTower(nn.Module):
-    """CLIP's vision tower of any `ViTConfig`."""
+    """CLIP's vision tower of any `ViTConfig`, or the part of it from `first_block` on (see `probe.backbones.split`)."""
 
     config: ViTConfig
+    first_block: int = 0
 
     @nn.compact
     def __call__(self, pixels: jax.Array, train: bool = False) -> TowerOutput:
         """Embeds images.
 
         Args:
-          pixels: [B, image_size, image_size, num_channels] float32, normalised as the checkpoint wants them.
+          pixels: [B, image_size, image_size, num_channels] float32, normalised as the checkpoint wants them; with a
+            `first_block` above 0, what enters that block instead, [B, T, D].
           train: apply attention dropout (which needs the random stream "dropout" where it is not 0).
         Returns: TowerOutput; last_hidden_state is not layer-normed, the pooler's output is.
         Raises: ValueError if the images have another size: the positions are learned for one size.
         """
         config = self.config
-        expected = (config.image_size, config.image_size, config.num_channels)
-        if pixels.shape[1:] != expected:
-            raise ValueError(f"this tower takes images of {expected} (H, W, C), got {pixels.shape[1:]}")
-        hidden = Embeddings(config, name="embeddings")(pixels)
-        hidden = _layer_norm(config, "pre_layernorm")(hidden)
-        hidden = Encoder(config, name="encoder")(hidden, train)
+        hidden = pixels
+        if self.first_block == 0:
+            expected = (config.image_size, config.image_size, config.num_channels)
+            if pixels.shape[1:] != expected:
+                raise ValueError(f"this tower takes images of {expected} (H, W, C), got {pixels.shape[1:]}")
+            hidden = Embeddings(config, name="embeddings")(pixels)
+            hidden = _layer_norm(config, "pre_layernorm")(hidden)
+        hidden = Encoder(config, self.first_block, name="encoder")(hidden, train)
         pooled = _layer_norm(config, "post_layernorm")(hidden[:, 0])
         if config.projection_dim is None:
             return TowerOutput(last_hidden_state=hidden, pooler_output=pooled)
