@@ -21,7 +21,7 @@ import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import safetensors.numpy
@@ -51,6 +51,8 @@ class BackboneReference:
     """Commit hash of a hub id."""
     fingerprint: str
     """Hex SHA-256 of config, weights and preprocessing: what makes two backbones the same."""
+    decode: Literal["exact", "fast"] = "exact"
+    """How the images were decoded that the head was trained on: `predict` does the same."""
 
     def load(self, name: str | None = None) -> "Backbone":
         """Loads the backbone that is meant.
@@ -70,6 +72,7 @@ class BackboneReference:
                 f"the backbone {self.name!r} cannot be loaded: {str(err).rstrip('.')}. "
                 "If it has moved, say where it is with --backbone."
             ) from err
+        found = found.with_decode(self.decode)
         if found.fingerprint != self.fingerprint:
             raise MismatchError(
                 f"{found.name}: its fingerprint is {found.fingerprint[:12]}, but the head was trained on "

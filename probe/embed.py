@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 
@@ -68,7 +68,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
         check_labels(source)
     _check_writable(config.out)
     examples = spread(source.examples, config.limit)
-    backbone = load_backbone(config.backbone)
+    backbone = load_backbone(config.backbone).with_decode(_decode_rule(config))
     manifest = _settle(config, backbone)
     inputs = _inputs(source, examples)
     if config.dry_run:
@@ -228,6 +228,13 @@ class _Work:
 
 def _number(image: LoadedImage[Item]) -> int:
     return image.example.number
+
+
+def _decode_rule(config: EmbedConfig) -> Literal["exact", "fast"]:
+    """How JPEGs are decoded: what the user says, else what an existing cache says, else exactly."""
+    found = load_manifest(config.out).names if (config.out / "cache.json").exists() else {}
+    rule: Literal["exact", "fast"] = found.get("preprocessor_config", {}).get("decode", "exact")
+    return config.decode or rule
 
 
 def _settle(config: EmbedConfig, backbone: Backbone) -> Manifest:

@@ -45,6 +45,7 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
         name=provenance["backbone"],
         revision=provenance["backbone_revision"],
         fingerprint=provenance["backbone_fingerprint"],
+        decode=provenance["preprocessor_config"].get("decode", "exact"),
     )
     backbone_copy = reference.load() if config.bundle_backbone else None  # before the work: it may not be there
     embeddings: dict[str, np.ndarray] = {view: cache.embeddings(view) for view in config.views}

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from probe import bundle
 from probe.backbones import load_backbone, make_embed_fn
 from probe.cache import FAILED, KNOWN, Cache
-from probe.config import EmbedConfig
+from probe.config import EmbedConfig, FitLinearConfig, PredictConfig
 from probe.embed import describe, embed
 from probe.embedding import Item, embed_shard, memory_explained
 from probe.errors import ConfigError, FailedImagesError, InputError, MismatchError, OutOfMemoryError, StorageError
 from probe.images import ImageError, LoadedImage, load_image
+from probe.linear import fit_linear
+from probe.predict import predict
 from probe.sources import Example
 
 
@@ -231,6 +234,35 @@ def test_another_way_of_making_embeddings_is_refused(config, tiny_resnet: Path) 
     ]:
         with pytest.raises(MismatchError, match=expected):
             embed(config(**fields))
+
+
+def test_fast_decoding_never_mixes_with_exact(config, image_folder: Path, tmp_path: Path) -> None:
+    for split, name in (("train", "red"), ("train", "green"), ("test", "red"), ("test", "green")):
+        pixels = np.random.default_rng(len(name)).integers(0, 256, (90, 120, 3), np.uint8)
+        Image.fromarray(pixels).save(image_folder / split / name / "large.jpg")
+    embed(config(out=tmp_path / "exact"))
+    embed(config(decode="fast"))
+    for out, decode in ((tmp_path / "exact", "fast"), (config().out, "exact")):
+        with pytest.raises(MismatchError, match=r"preprocessing\.decode is "):
+            embed(config(out=out, decode=decode))
+    assert embed(config())["num_computed"] == 0  # whoever continues reads what the creator chose
+    exact, fast = by_name(tmp_path / "exact"), by_name(config().out)
+    assert {name for name in fast if fast[name] != exact[name]} == {name for name in fast if name.endswith(b".jpg")}
+
+
+def test_a_run_on_a_fast_cache_predicts_with_fast_decoding(config, image_folder: Path, tmp_path: Path) -> None:
+    Image.effect_noise((120, 90), 90).convert("RGB").save(image_folder / "test" / "red" / "large.jpg")
+    embed(config(decode="fast"))
+    for run, options in (("plain", {}), ("bundled", {"bundle_backbone": True})):
+        fit_linear(FitLinearConfig(cache=config().out, out=tmp_path / run, **options))
+        classifier = bundle.load(tmp_path / run)
+        assert classifier.load_backbone().preprocessing.decode == "fast"
+        answers = predict(PredictConfig(run=tmp_path / run, images=image_folder / "test" / "red" / "large.jpg"))
+        cache = Cache.open(config().out)
+        row = list(cache.table.names).index(b"test/red/large.jpg")
+        logits = np.asarray(classifier.head.apply(cache.embeddings("pooler", np.array([row]))))
+        expected = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(answers["predictions"][0]["probabilities"], expected[0], atol=1e-5)
 
 
 def test_another_folder_with_the_same_weights_is_the_same_backbone(config, tiny_clip: Path, tmp_path: Path) -> None:

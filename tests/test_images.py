@@ -2,6 +2,7 @@
 worker processes that hang, die or are lied to."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -210,6 +211,37 @@ def test_configs_that_are_refused(config: dict[str, Any], message: str) -> None:
 
 
 # one image
+
+
+@pytest.mark.parametrize(("width", "height", "scale"), [(2400, 79, 1), (80, 2400, 2), (500, 160, 4), (330, 320, 8)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_fast_decoding_reduces_large_jpegs_and_nothing_else(width: int, height: int, scale: int, turned: bool) -> None:
+    """Down to twice the size that the backbone reads, which here is 20, and never below."""
+    fast = dataclasses.replace(SMALL, decode="fast")
+    picture = PICTURE.resize((width, height), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1  # a camera held upright
+    jpeg = encode(picture, "JPEG", exif=exif, quality=95)
+    decoded = decode_image(jpeg, reduce_to=fast.reduce_to)
+    assert sorted(decoded.size) == sorted(-(-side // scale) for side in (width, height))
+    exact, quick = load_image(jpeg, SMALL), load_image(jpeg, fast)
+    assert np.array_equal(exact, quick) == (scale == 1)
+    assert np.abs(exact.astype(int) - quick).mean() < 2
+    for kind in ("PNG", "WEBP"):
+        data = encode(picture, kind)
+        np.testing.assert_array_equal(load_image(data, fast), load_image(data, SMALL))
+
+
+def test_fast_decoding_is_part_of_the_rules() -> None:
+    fast = dataclasses.replace(SMALL, decode="fast")
+    assert fast != SMALL
+    assert fast.rules() != SMALL.rules()
+    assert Preprocessing.from_config(json.loads(json.dumps(fast.to_config()))) == fast
+    assert "decode" not in SMALL.rules()  # or caches made before there was a choice would be refused
+    with pytest.raises(InputError, match="decode must be exact or fast, got 'rough'"):
+        Preprocessing.from_config(SMALL.to_config() | {"decode": "rough"})
+    as_it_is = Preprocessing(resize=None, resample=3, crop=(9, 9), rescale_factor=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert dataclasses.replace(as_it_is, decode="fast").reduce_to is None
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -107,6 +107,12 @@ class Backbone:
             "preprocessing": self.preprocessing.rules(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def with_decode(self, decode: Literal["exact", "fast"]) -> "Backbone":
+        """The same backbone reading images that are decoded in this way; its fingerprint says so."""
+        if decode == self.preprocessing.decode:
+            return self
+        return dataclasses.replace(self, preprocessing=dataclasses.replace(self.preprocessing, decode=decode))
 
     def apply(
         self,

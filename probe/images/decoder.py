@@ -10,7 +10,15 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    ExifTags,
+    Image,
+    JpegImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 # Pillow would load these three when it first meets one, and 40 others with them.
 assert all((AvifImagePlugin, TiffImagePlugin, WebPImagePlugin))
@@ -57,7 +65,7 @@ class ImageError(Exception):
         return str(self.args[1])
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, reduce_to: int | None = None) -> Image.Image:
     """Decodes the first frame of an image, turned upright, in mode RGB.
 
     While it runs, Pillow's warnings and its pixel limit are set for the whole process: call it from one
@@ -66,13 +74,15 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Args:
       data: the bytes of a file in one of FORMATS (or HEIC, where pillow-heif is installed).
       max_pixels: width x height that is still decoded; checked before any pixel is.
+      reduce_to: a JPEG comes out at 1/2, 1/4 or 1/8 of its size, the smallest that leaves its shorter side at least
+        this long: libjpeg leaves coefficients of the cosine transform out, which takes a fraction of the time.
     Raises: ImageError, whatever is wrong with the image.
     """
     if not data:
         raise ImageError("empty", "the file is empty")
     try:
         with _strict_pillow(max_pixels):
-            return _decode(data)
+            return _decode(data, reduce_to)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
@@ -91,7 +101,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError(reason, f"{type(err).__name__}: {str(err)[:200]}") from err
 
 
-def _decode(data: bytes) -> Image.Image:
+def _decode(data: bytes, reduce_to: int | None) -> Image.Image:
     is_heif = data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
     with Image.open(io.BytesIO(data), formats=(*FORMATS, _heif_format()) if is_heif else FORMATS) as image:
         if max(image.size) > MAX_ASPECT * min(image.size):
@@ -100,6 +110,8 @@ def _decode(data: bytes) -> Image.Image:
         if image.mode in ("I", "F"):
             detail = f"32-bit pixels (mode {image.mode}) do not say what white is: save it with 8 or 16 bits"
             raise ImageError("depth", detail)
+        if reduce_to is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+            image.draft(None, (reduce_to, reduce_to))
         image.load()
         transparent = image.info.get("transparency")
         turn = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -109,7 +121,7 @@ def _decode(data: bytes) -> Image.Image:
         if "A" in upright.getbands() or transparent is not None:  # as transformers 5 does
             upright = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", upright.size, (255, 255, 255, 255)), upright)
-        return upright.convert("RGB")
+        return upright if upright.mode == "RGB" else upright.convert("RGB")  # which would copy it
 
 
 def _scale_grey16(image: Image.Image, transparent: object) -> Image.Image:

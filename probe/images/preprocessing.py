@@ -7,7 +7,7 @@ ConvNext (which ResNets use), ViT, DeiT and BiT. Pixels stay uint8 here; they ar
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -21,7 +21,7 @@ _HALF = (0.5, 0.5, 0.5)
 _SUFFIXES = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
 _FIELDS = {
     "do_resize", "size", "default_to_square", "resample", "do_center_crop", "crop_size", "crop_pct",
-    "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+    "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "decode",
 }  # fmt: skip
 _IGNORED_FIELDS = {  # they name classes and tensor formats, and change no pixel
     "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "data_format",
@@ -40,6 +40,7 @@ _CLIP: dict[str, Any] = {
     "image_mean": _CLIP_MEAN,
     "image_std": _CLIP_STD,
 }
+_REDUCING_GAP = 2  # how much larger than its target a JPEG of decode="fast" is still decoded, as Pillow's thumbnails
 _PLAIN = _CLIP | {"do_center_crop": False, "image_mean": _HALF, "image_std": _HALF}
 _PROCESSORS: dict[str, dict[str, Any]] = {
     "CLIP": _CLIP,
@@ -63,6 +64,7 @@ class Preprocessing:
     rescale_factor: float  # on the device: pixel * rescale_factor, then (x - mean) / std
     mean: tuple[float, ...]  # [3]
     std: tuple[float, ...]  # [3], positive
+    decode: Literal["exact", "fast"] = "exact"  # fast: large JPEGs at 1/2, 1/4 or 1/8, which changes pixels
 
     def __post_init__(self) -> None:
         sizes = [self.resize] if isinstance(self.resize, int) else [*(self.resize or ())]
@@ -75,6 +77,8 @@ class Preprocessing:
             )
         if self.resample not in set(Image.Resampling):
             raise InputError(f"preprocessor: resample must be 0 to 5, Pillow's filters, got {self.resample}")
+        if self.decode not in ("exact", "fast"):
+            raise InputError(f"preprocessor: decode must be exact or fast, got {self.decode!r}")
         numbers = (self.rescale_factor, *self.mean, *self.std)
         lengths = (len(self.mean), len(self.std))
         if lengths != (3, 3) or not all(map(math.isfinite, numbers)) or min(self.std) <= 0:
@@ -89,6 +93,13 @@ class Preprocessing:
         size = self.crop or self.resize
         assert isinstance(size, tuple)
         return size
+
+    @property
+    def reduce_to(self) -> int | None:
+        """The shorter side, in pixels, down to which a JPEG may be decoded; None: not below its own."""
+        if self.decode == "exact" or self.resize is None:
+            return None
+        return _REDUCING_GAP * (self.resize if isinstance(self.resize, int) else max(self.resize))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Preprocessing":
@@ -129,6 +140,7 @@ class Preprocessing:
                 rescale_factor=float(fields["rescale_factor"]) if fields.get("do_rescale", True) else 1.0,
                 mean=_three(fields["image_mean"]) if normalise else (0.0, 0.0, 0.0),
                 std=_three(fields["image_std"]) if normalise else (1.0, 1.0, 1.0),
+                decode=fields.get("decode", "exact"),
             )
         except (TypeError, ValueError, ZeroDivisionError) as err:
             raise InputError(f"preprocessor_config.json: a field that is no number: {err}") from err
@@ -153,6 +165,8 @@ class Preprocessing:
             config["size"] = {"height": self.resize[0], "width": self.resize[1]}
         if self.crop is not None:
             config["crop_size"] = {"height": self.crop[0], "width": self.crop[1]}
+        if self.decode != "exact":
+            config["decode"] = self.decode
         return config
 
     def rules(self) -> dict[str, Any]:
@@ -165,6 +179,8 @@ class Preprocessing:
             "rescale_factor": self.rescale_factor,
             "mean": list(self.mean),
             "std": list(self.std),
+            # Named only where it is not exact: what was made before there was a choice is still the same.
+            **({"decode": f"JPEG reduced to {self.reduce_to}"} if self.decode == "fast" else {}),
         }
 
     def apply(self, image: Image.Image) -> np.ndarray:
@@ -192,7 +208,7 @@ def load_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int = M
     Returns: [H, W, 3] uint8, H and W as `preprocessing.image_size`.
     Raises: ImageError, whatever is wrong with the image.
     """
-    return preprocessing.apply(decode_image(data, max_pixels=max_pixels))
+    return preprocessing.apply(decode_image(data, max_pixels=max_pixels, reduce_to=preprocessing.reduce_to))
 
 
 def _read_size(field: str, size: Any, *, square: bool) -> int | tuple[int, int]:
