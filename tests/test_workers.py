@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probe.images import ImageError, LoadedImage, Preprocessing, load_image, load_images
+from probe.images import ImageError, ImageLoader, LoadedImage, Preprocessing, load_image, load_images
 from tests.bad_images import PICTURE, cases, encode
 from tests.test_images import check_outcome
 
@@ -381,3 +381,14 @@ def peak_memory(pid: int) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def test_a_loader_keeps_its_processes_from_one_sequence_to_the_next() -> None:
+    with ImageLoader(SMALL, num_workers=2) as loader:
+        first = list(loader.load(enumerate([PNG] * 8)))
+        before = children()
+        second = list(loader.load(enumerate([PNG] * 8)))
+        assert sorted(children()) == sorted(before)
+        assert len(before) == 2
+    assert [image.example for image in second] == list(range(8))
+    assert all((a.pixels == b.pixels).all() for a, b in zip(first, second, strict=True))

@@ -3,7 +3,7 @@
 from probe.images.decoder import FORMATS, MAX_ASPECT, MAX_PIXELS, ImageError
 from probe.images.files import MAX_BYTES, read_image_file, too_many_bytes
 from probe.images.preprocessing import Preprocessing, load_image
-from probe.images.workers import LoadedImage, load_images
+from probe.images.workers import ImageLoader, LoadedImage, load_images
 
 __all__ = [
     "FORMATS",
@@ -11,6 +11,7 @@ __all__ = [
     "MAX_BYTES",
     "MAX_PIXELS",
     "ImageError",
+    "ImageLoader",
     "LoadedImage",
     "Preprocessing",
     "load_image",

@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from PIL import AvifImagePlugin
@@ -86,26 +86,56 @@ def load_images(
       ahead: images that are read ahead of the one yielded (at least four per worker).
     Raises: RuntimeError if no worker can be started. A bad image raises nothing: see `LoadedImage.failure`.
     """
-    num_workers = num_workers or os.cpu_count() or 1
-    pool = _Pool(num_workers, preprocessing, max_pixels, timeout_s, skip_keys)
-    pending: collections.deque[concurrent.futures.Future[LoadedImage[T]]] = collections.deque()
+    with ImageLoader(
+        preprocessing, num_workers=num_workers, max_pixels=max_pixels, skip_keys=skip_keys, timeout_s=timeout_s
+    ) as loader:
+        yield from loader.load(items, ahead=ahead)
 
-    def next_image() -> LoadedImage[T]:
-        image = pending.popleft().result()
-        if image.key is not None and skip_keys(image.key):
+
+class ImageLoader:
+    """Worker processes that stay warm from one sequence of images to the next, for who loads several."""
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        *,
+        num_workers: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        skip_keys: Callable[[bytes], bool] = lambda key: False,
+        timeout_s: float = 30.0,
+    ) -> None:
+        """Args: as for `load_images`. Processes are started when there is work for them."""
+        self._num_workers = num_workers or os.cpu_count() or 1
+        self._skip_keys = skip_keys
+        self._pool = _Pool(self._num_workers, preprocessing, max_pixels, timeout_s, skip_keys)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.close()
+
+    def load(
+        self, items: Iterable[tuple[T, bytes | Path | ImageError]], *, ahead: int = 64
+    ) -> Iterator[LoadedImage[T]]:
+        """As `load_images`, with these processes."""
+        pending: collections.deque[concurrent.futures.Future[LoadedImage[T]]] = collections.deque()
+        for example, content in items:
+            pending.append(self._pool.submit(example, content))
+            if len(pending) > max(ahead, 4 * self._num_workers):
+                yield self._settle(pending.popleft().result())
+        while pending:
+            yield self._settle(pending.popleft().result())
+
+    def _settle(self, image: LoadedImage[T]) -> LoadedImage[T]:
+        if image.key is not None and self._skip_keys(image.key):
             return dataclasses.replace(image, pixels=None, failure=None)
         assert image.failure or image.pixels is not None, "skip_keys took back a key it had accepted"
         return image
-
-    try:
-        for example, content in items:
-            pending.append(pool.submit(example, content))
-            if len(pending) > max(ahead, 4 * num_workers):
-                yield next_image()
-        while pending:
-            yield next_image()
-    finally:
-        pool.close()
 
 
 class _Pool:
