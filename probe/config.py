@@ -62,3 +62,414 @@ class EmbedConfig:
     """How JPEGs are decoded, fixed likewise (if not given: exact, or what the cache says). exact: as transformers, to
     the bit. fast: those over four times as large as the backbone reads at 1/2, 1/4 or 1/8 of their size."""
     dtype: IfGiven[Literal["float32", "float16"]] = None
+    """Type that embeddings are stored in, fixed likewise (if not given: float32, or what the cache says)."""
+    shard_rows: IfGiven[int] = None
+    """Images per shard, fixed likewise: what a kill can cost (if not given: 1,024 on a CPU, else 16,384)."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """What an unreadable image does: get no row and be reported, or end the run."""
+    max_failures: IfGiven[int] = None
+    """End the run, with exit code 4, once more images than this have failed (if not given: no limit)."""
+    image_root: IfGiven[Path] = None
+    """What a manifest's paths are relative to (if not given: the folder that it is in)."""
+    path_column: IfGiven[str] = None
+    """Column of a manifest that names the image (if not given: path or file_name)."""
+    label_column: UseAppendAction[tuple[str, ...]] = ()
+    """Column with the class or classes (if not given: label); several, by giving the option again, say yes or no."""
+    split_column: IfGiven[str] = None
+    """Column with train, val or test (if not given: split, where there is one)."""
+    group_column: IfGiven[str] = None
+    """Column of what must stay on one side of a split, as a patient (if not given: group, where there is one)."""
+    retry_failed: Flag = False
+    """Try again what failed in earlier runs; else only changed files are tried again."""
+    verify_content: Flag = False
+    """Read every file again, also where its size and time have not changed."""
+    max_pixels: int = 100_000_000
+    """Width x height above which an image is refused before it is decoded."""
+    limit: IfGiven[int] = None
+    """Embed only this many images, spread evenly over the source: to try something out."""
+    dry_run: Flag = False
+    """Write nothing; say how many images, bytes and minutes it would be, and how much disk."""
+    shard_index: int = 0
+    """Which of --num-shards processes this one is, from 0."""
+    num_shards: int = 1
+    """Processes, on any hosts that share the cache's file system, that divide the work between them."""
+    num_workers: IfGiven[int] = None
+    """Processes that decode images (if not given: one per core)."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
+        if self.shard_rows is not None:
+            _require(self.shard_rows >= 1, "shard-rows", "at least 1", self.shard_rows)
+        if self.max_failures is not None:
+            _require(self.max_failures >= 0, "max-failures", "at least 0", self.max_failures)
+        if self.limit is not None:
+            _require(self.limit >= 1, "limit", "at least 1", self.limit)
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
+        _require(self.max_pixels >= 1, "max-pixels", "at least 1", self.max_pixels)
+        _require(self.num_shards >= 1, "num-shards", "at least 1", self.num_shards)
+        in_range = 0 <= self.shard_index < self.num_shards
+        _require(in_range, "shard-index", f"from 0 to {self.num_shards - 1}", self.shard_index)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheLsConfig:
+    """Say what is in a cache: how it was made, classes, splits, failures, revisions and size."""
+
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
+    """Cache folder."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheVerifyConfig:
+    """Read every byte of a cache and check it against its hashes; exit code 6 if anything is damaged."""
+
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
+    """Cache folder."""
+    deep: IfGiven[Path] = None
+    """Also read every image of this source and compare it with the key it was embedded under."""
+    repair: Flag = False
+    """Remove damaged files; the same `probe embed` then makes them anew."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheMergeConfig:
+    """Join caches of equal fingerprint into a new one."""
+
+    caches: Positional[tuple[Path, ...]]
+    """Cache folders, two or more."""
+    out: Path
+    """Cache folder to create."""
+    prefix: Flag = False
+    """Put each cache's folder name before the names of its images, so that equal names do not clash."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.caches) >= 2, "caches", "two folders or more", len(self.caches))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CachePruneConfig:
+    """Remove what the newest revision of a cache does not use: embeddings of removed images, old plans."""
+
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
+    """Cache folder; no `probe embed` may be running on it."""
+    dry_run: Flag = False
+    """Only say what would be removed."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheExportConfig:
+    """Write a cache as one plain file that other tools read."""
+
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
+    """Cache folder."""
+    single: Path
+    """File to write: .h5, .npz or .parquet; it is built in memory."""
+    overwrite: Flag = False
+    """Replace what stands there."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheImportConfig:
+    """Make a cache of features that another program computed, for `fit-linear`."""
+
+    features: Annotated[Positional[Path], arg(metavar="FEATURES")]
+    """.npz, .npy (with --table), .parquet or .h5 file: embeddings, labels, and if there are, names, splits, groups."""
+    out: Path
+    """Cache folder to create."""
+    table: IfGiven[Path] = None
+    """CSV file with one line per row of a .npy: columns label, and if there are, name, split, group."""
+    extractor: IfGiven[str] = None
+    """What made the features, in your words (if not given: the file); only caches that agree in it can be merged."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitLinearConfig:
+    """Train a head on cached embeddings: the convex optimum of a linear head, or an MLP."""
+
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
+    """Cache folder made by `probe embed`."""
+    out: Path
+    """Run folder to write."""
+    overwrite: Flag = False
+    """Replace what stands under --out."""
+    head: Literal["linear", "mlp", "knn"] = "linear"
+    """linear: the optimum of the L2-regularised cross-entropy; mlp: several Dense layers, trained with Adam; knn: a
+    vote of the nearest training rows."""
+    hidden: tuple[int, ...] = (1000, 256)
+    """Widths of the MLP's hidden layers."""
+    solver: Literal["lbfgs", "sklearn", "ridge"] = "lbfgs"
+    """Who solves the linear head: ours in JAX, scikit-learn's LogisticRegression on the same objective (λ is chosen by
+    ours all the same), or least squares in closed form."""
+    views: tuple[Literal["pooler", "projected"], ...] = ("pooler",)
+    """Which embeddings to fit; of several the best on validation."""
+    scalings: tuple[Literal["standard", "l2", "none"], ...] = ("standard",)
+    """standard: by the mean and deviation of the training rows; l2: rows of norm 1; none. All are folded into the
+    saved head; of several the best on validation."""
+    penalties: tuple[float, ...] = ()
+    """Values of λ to choose from (if not given: 17 over 8 decades about the features' mean variance)."""
+    criterion: Literal["accuracy", "nll"] = "accuracy"
+    """What chooses (several labels a row: always nll)."""
+    one_standard_error: Flag = False
+    """Take the largest λ whose score is within a standard error of the best one's."""
+    class_weights: tuple[str, ...] = ()
+    """How much rows of a class count: balanced, or NAME=WEIGHT of one class and more."""
+    shots: tuple[int, ...] = ()
+    """Also fit heads to so many training rows of each class (1 2 4 8 16), and tell their accuracy."""
+    learning_curve: Flag = False
+    """Also fit heads to growing parts of train, and tell what more labels would give."""
+    seeds: int = 5
+    """Draws of rows for each number of shots and each point of the curve."""
+    folds: int = 5
+    """Parts of train, stratified, groups whole, each judged by a head that the others gave."""
+    val_fraction: float = 0.2
+    """Share of train held out, stratified, to choose the MLP's epoch where there is no validation split."""
+    epochs: int = 20
+    """Passes over the training rows (MLP)."""
+    batch_size: int = 64
+    """Rows per step (MLP)."""
+    learning_rate: float = 1e-3
+    """Step size of Adam (MLP)."""
+    seed: int = 0
+    """Seed of the validation split, the initial weights and the order of the rows."""
+    no_refit: Flag = False
+    """Keep the head that train alone gave; else train + a given validation split are fitted once λ is chosen."""
+    bundle_backbone: Flag = False
+    """Copy the backbone into the run folder, so that `probe predict` needs nothing else."""
+    json: Flag = False
+    """Print metrics.json to stdout."""
+
+    def __post_init__(self) -> None:
+        _require(all(width >= 1 for width in self.hidden), "hidden", "widths of at least 1", self.hidden)
+        if self.head == "mlp":
+            _require(len(self.hidden) > 0, "hidden", "one width or more with --head mlp", self.hidden)
+        _require(len(self.views) > 0, "views", "one view or more", self.views)
+        _require(len(self.scalings) > 0, "scalings", "one scaling or more", self.scalings)
+        searched = self.head == "linear" and self.solver != "ridge"
+        if not searched:
+            for option in ("views", "scalings"):
+                _require(
+                    len(getattr(self, option)) == 1, option, "a single one except with lbfgs", getattr(self, option)
+                )
+            _require(not self.class_weights, "class-weights", "left out except with lbfgs", self.class_weights)
+        _require(
+            all(0 <= p < math.inf for p in self.penalties), "penalties", "zero or more, and finite", self.penalties
+        )
+        if self.solver != "lbfgs":
+            _require(all(self.penalties), "penalties", "above 0 except with lbfgs", self.penalties)
+        if self.class_weights != ("balanced",):
+            for item in self.class_weights:
+                weight = item.rpartition("=")[2] if "=" in item else ""
+                valid = weight.replace(".", "", 1).isdigit() and float(weight) > 0
+                _require(valid, "class-weights", "balanced, or NAME=WEIGHT with a weight above 0", item)
+        _require(all(shots >= 1 for shots in self.shots), "shots", "numbers of at least 1", self.shots)
+        _require(self.seed >= 0, "seed", "zero or more", self.seed)
+        _require(self.seeds >= 1, "seeds", "at least 1", self.seeds)
+        if not searched:
+            _require(not self.shots, "shots", "left out except with lbfgs", self.shots)
+            _require(not self.learning_curve, "learning-curve", "left out except with lbfgs", self.learning_curve)
+        _require(self.folds >= 2, "folds", "at least 2", self.folds)
+        _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)
+        _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
+        _positive("learning-rate", self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Train backbone and head end to end, parts at their own rates."""
+
+    images: Annotated[Positional[Path], arg(metavar="IMAGES")]
+    """Folder of images: root/class/* or root/{train,val,test}/class/*."""
+    backbone: str
+    """Hub id, optionally @revision, or a local folder in Hugging Face layout."""
+    out: Path
+    """Run folder to write."""
+    overwrite: Flag = False
+    """Replace what stands under --out."""
+    init: str = "probe"
+    """Where the head starts: probe (solved on the training embeddings first), zeros, or a `fit-linear` run."""
+    cache: IfGiven[Path] = None
+    """Cache made by `probe embed`, to take embeddings from for --init probe."""
+    wise: str = "best"
+    """How far from the start to the end the weights are kept: best on validation, a share of 0 to 1, or off (1)."""
+    keep: Literal["best", "finetuned"] = "best"
+    """What is saved: the probe unless fine-tuning was better beyond chance, or the fine-tuned one in any case."""
+    epochs: int = 5
+    """Passes over the training images."""
+    batch_size: int = 16
+    """Images per step."""
+    backbone_lr: IfGiven[float] = None
+    """Peak step size of the backbone (if not given: 1e-5); 0 freezes it."""
+    head_lr: IfGiven[float] = None
+    """Peak step size of the head (if not given: 1e-3)."""
+    freeze: UseAppendAction[tuple[str, ...]] = ()
+    """Parameter paths to freeze, by prefix or pattern: backbone, backbone/encoder/layers_0, **/bias."""
+    layer_decay: IfGiven[float] = None
+    """Step size of each block of the backbone as a share of that of the block above it."""
+    unfreeze_last: IfGiven[int] = None
+    """Train the last K blocks of the backbone and freeze those below."""
+    rates: UseAppendAction[tuple[str, ...]] = ()
+    """A rule pattern=rate or pattern=frozen, the first match wins; these replace the options above."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay, not on biases and norms."""
+    clip_norm: IfGiven[float] = None
+    """Longest gradient, over all parts together (if not given: no limit)."""
+    accumulate: int = 1
+    """Parts into which a batch is cut, to need the memory of one; the step is that of the whole batch."""
+    average: IfGiven[float] = None
+    """Decay of an exponential moving average of the weights, which is then what is judged and kept."""
+    patience: IfGiven[int] = None
+    """Stop once this many epochs in a row were no better on validation (if not given: run them all)."""
+    warmup_fraction: float = 0.1
+    """Share of the steps over which the rates rise from 0; then they fall to 0 as a cosine."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Random resized crops: least and most share of the area (1 1: none)."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Random resized crops: least and most width : height."""
+    flip: float = 0.0
+    """Probability of a mirror image."""
+    brightness: float = 0.0
+    """Colour jitter: factors of 1 ± this."""
+    contrast: float = 0.0
+    """Colour jitter: factors of 1 ± this."""
+    saturation: float = 0.0
+    """Colour jitter: factors of 1 ± this."""
+    hue: float = 0.0
+    """Colour jitter: turns of up to this share of the colour circle, at most 0.5."""
+    rand_ops: int = 0
+    """RandAugment: operations per picture."""
+    rand_magnitude: float = 9.0
+    """RandAugment: strength, 0 to 10."""
+    mixup: float = 0.0
+    """Mixup: α of the Beta distribution (0: off)."""
+    cutmix: float = 0.0
+    """CutMix: α of the Beta distribution (0: off)."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    image_size: IfGiven[int] = None
+    """Height and width of the images; position embeddings are interpolated (if not given: the checkpoint's)."""
+    train_batchnorm: Flag = False
+    """Normalise by the statistics of the batch and update the running ones (if not given: the pretrained ones stay)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of training; weights, their updates and all evaluation are float32."""
+    remat: Flag = False
+    """Keep the results of matrix products only and compute the rest again in the backward pass: less memory."""
+    fsdp: Flag = False
+    """With several devices: divide weights and optimizer state over them instead of copying them."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints, besides those after each epoch; 0: none at all."""
+    resume: Flag = False
+    """Go on with a run that was cut off, to the bit."""
+    val_fraction: float = 0.2
+    """Share of train held out, stratified, to choose the epoch where there is no validation split."""
+    bundle_backbone: Flag = False
+    """Copy the backbone into the run folder even if it was not changed."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """What an unreadable image does: be left out and reported, or end the run."""
+    num_workers: IfGiven[int] = None
+    """Processes that decode images (if not given: one per core)."""
+    seed: int = 0
+    """Seed of the validation split, the order of the images and dropout."""
+    json: Flag = False
+    """Print metrics.json to stdout."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", "zero or more", self.seed)
+        _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
+        if self.backbone_lr is not None:
+            _not_negative("backbone-lr", self.backbone_lr)
+        if self.head_lr is not None:
+            _positive("head-lr", self.head_lr)
+        if self.layer_decay is not None:
+            _require(0 < self.layer_decay <= 1, "layer-decay", "above 0 and at most 1", self.layer_decay)
+        if self.unfreeze_last is not None:
+            _require(self.unfreeze_last >= 1, "unfreeze-last", "at least 1", self.unfreeze_last)
+        if self.wise not in ("best", "off"):
+            _require(_is_share(self.wise), "wise", "best, off, or a number from 0 to 1", self.wise)
+        _require(0 <= self.momentum < 1, "momentum", "at least 0 and below 1", self.momentum)
+        _not_negative("weight-decay", self.weight_decay)
+        if self.clip_norm is not None:
+            _positive("clip-norm", self.clip_norm)
+        _require(self.accumulate >= 1, "accumulate", "at least 1", self.accumulate)
+        divides = self.batch_size % self.accumulate == 0
+        _require(divides, "accumulate", f"a divisor of --batch-size {self.batch_size}", self.accumulate)
+        if self.average is not None:
+            _require(0 < self.average < 1, "average", "between 0 and 1", self.average)
+        if self.patience is not None:
+            _require(self.patience >= 1, "patience", "at least 1", self.patience)
+        if self.image_size is not None:
+            _require(self.image_size >= 1, "image-size", "at least 1", self.image_size)
+        _require(self.checkpoint_every >= 0, "checkpoint-every", "0 or more", self.checkpoint_every)
+        _require(0 <= self.warmup_fraction < 1, "warmup-fraction", "at least 0 and below 1", self.warmup_fraction)
+        _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Classify images with what `fit-linear` or `finetune` saved."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Run folder."""
+    images: Annotated[Positional[Path], arg(metavar="IMAGES")]
+    """Image file, or folder of images, searched through all its subfolders."""
+    out: IfGiven[Path] = None
+    """CSV file to write: path, predicted class, probability of each class (if not given: stdout)."""
+    overwrite: Flag = False
+    """Replace what stands under --out."""
+    backbone: IfGiven[str] = None
+    """Where the backbone is now, if it has moved since the run was made."""
+    batch_size: int = 32
+    """Images per step."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """What an unreadable image does: be left out and reported, or end the run."""
+    num_workers: IfGiven[int] = None
+    """Processes that decode images (if not given: one per core)."""
+    json: Flag = False
+    """Print the predictions to stdout as JSON."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Say which of two runs is better on the same rows, and whether that is more than chance."""
+
+    run_a: Annotated[Positional[Path], arg(metavar="RUN_A")]
+    """Run folder A."""
+    run_b: Annotated[Positional[Path], arg(metavar="RUN_B")]
+    """Run folder B; differences are B - A."""
+    split: Literal["test", "val", "train"] = "test"
+    """Rows to compare on; those of train were answered out of fold, where the runs have such answers."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+    json: Flag = False
+    """Print the comparison to stdout as JSON, with every flipped image."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", "zero or more", self.seed)
