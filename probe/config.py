@@ -433,8 +433,9 @@ class PredictConfig:
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Run folder."""
-    images: Annotated[Positional[Path], arg(metavar="IMAGES")]
-    """Image file, or folder of images, searched through all its subfolders."""
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGES [IMAGES ...]", help_behavior_hint="(required)")]
+    """Images, and folders or archives of them, searched through all their subfolders; paths are shown relative to
+    the one folder that is given, or as given where there are several."""
     out: IfGiven[Path] = None
     """CSV file to write: path, predicted class, probability of each class (if not given: stdout)."""
     overwrite: Flag = False
@@ -451,6 +452,8 @@ class PredictConfig:
     """Print the predictions to stdout as JSON."""
 
     def __post_init__(self) -> None:
+        if not self.images:
+            raise ConfigError("no IMAGES given: name images, or a folder of them")
         _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
         if self.num_workers is not None:
             _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)

@@ -17,14 +17,14 @@ from probe.errors import InputError
 from probe.heads import class_logits
 from probe.images import load_images
 from probe.progress import Progress
-from probe.sources import display_name, open_source
+from probe.sources import display_name, open_images
 from probe.storage import atomic_write_bytes, require_file
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet would run such a cell (OWASP)
 
 
 def predict(config: PredictConfig) -> dict[str, Any]:
-    """Classifies every image under `config.images`.
+    """Classifies every image of `config.images`.
 
     Returns: {"class_names": [C], "predictions": [{"path", "predicted", "probabilities": [C]}], "failures":
       [{"path", "reason", "detail"}], "out"}; an image that cannot be read has no prediction and shifts no
@@ -35,7 +35,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     if config.out is not None:
         require_file(config.out, overwrite=config.overwrite)
     classifier = bundle.load(config.run)
-    source = open_source(config.images, labelled=False)
+    source = open_images(config.images)
     backbone = classifier.load_backbone(config.backbone)
     embed_fn = make_embed_fn(backbone, (classifier.view,))
     failures: list[dict[str, str]] = []
@@ -77,7 +77,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         name = display_name(os.fsencode(failure["path"]))
         print(f"{name}: not classified: {failure['detail']} ({failure['reason']})", file=sys.stderr)
     if not predictions:
-        raise InputError(f"{config.images}: none of its {len(failures)} images can be read: {failures[0]['detail']}")
+        raise InputError(f"{source.root}: none of its {len(failures)} images can be read: {failures[0]['detail']}")
     result = {"class_names": list(classifier.class_names), "predictions": predictions, "failures": failures}
     if config.out is not None:
         atomic_write_bytes(config.out, _csv(result))

@@ -257,7 +257,7 @@ def test_a_run_on_a_fast_cache_predicts_with_fast_decoding(config, image_folder:
         fit_linear(FitLinearConfig(cache=config().out, out=tmp_path / run, **options))
         classifier = bundle.load(tmp_path / run)
         assert classifier.load_backbone().preprocessing.decode == "fast"
-        answers = predict(PredictConfig(run=tmp_path / run, images=image_folder / "test" / "red" / "large.jpg"))
+        answers = predict(PredictConfig(run=tmp_path / run, images=(image_folder / "test" / "red" / "large.jpg",)))
         cache = Cache.open(config().out)
         row = list(cache.table.names).index(b"test/red/large.jpg")
         logits = np.asarray(classifier.head.apply(cache.embeddings("pooler", np.array([row]))))

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("run", ["run", "tuned"])
 def test_predictions_are_those_of_the_metrics(run: str, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "predictions.csv"
-    result = predict(PredictConfig(run=trained / run, images=trained / "images" / "test", out=out, batch_size=5))
+    result = predict(PredictConfig(run=trained / run, images=(trained / "images" / "test",), out=out, batch_size=5))
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["path", "predicted", "blue", "green", "red"]
@@ -72,7 +73,7 @@ def test_saved_answers_are_those_of_the_image_they_name(trained: Path, tmp_path:
     assert main(["fit-linear", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]) == 0
     saved = predictions.load(tmp_path / "run")
     saved = saved.take(saved.splits == "test")
-    again = predict(PredictConfig(run=tmp_path / "run", images=images))["predictions"]
+    again = predict(PredictConfig(run=tmp_path / "run", images=(images,)))["predictions"]
     probabilities = {line["path"]: line["probabilities"] for line in again}
     assert len(saved.names) == 8
     for name, key, label, logits in zip(saved.names, saved.keys, saved.labels, saved.logits, strict=True):
@@ -84,29 +85,52 @@ def test_saved_answers_are_those_of_the_image_they_name(trained: Path, tmp_path:
 
 def test_a_prediction_does_not_depend_on_the_batch_it_came_in(trained: Path) -> None:
     images = trained / "images" / "test"
-    whole = predict(PredictConfig(run=trained / "run", images=images, batch_size=4))["predictions"]
-    alone = predict(PredictConfig(run=trained / "run", images=images / "red" / "000.png", batch_size=4))["predictions"]
+    whole = predict(PredictConfig(run=trained / "run", images=(images,), batch_size=4))["predictions"]
+    alone = predict(PredictConfig(run=trained / "run", images=(images / "red" / "000.png",), batch_size=4))[
+        "predictions"
+    ]
     (same,) = [p for p in whole if p["path"] == "red/000.png"]
     assert alone[0]["probabilities"] == same["probabilities"]  # to the bit: same batch shape, other place and fill
+
+
+def test_several_sources_are_classified_under_the_names_they_were_given_as(trained: Path, tmp_path: Path) -> None:
+    images = trained / "images" / "test"
+    with zipfile.ZipFile(tmp_path / "green.zip", "w") as archive:
+        for path in sorted((images / "green").iterdir()):
+            archive.write(path, path.name)
+    photo = images / "blue" / "000.png"
+    given = (photo, images / "red", tmp_path / "green.zip")
+    answers = predict(PredictConfig(run=trained / "run", images=given))["predictions"]
+    paths = [str(photo)]
+    paths += [str(path) for path in sorted((images / "red").iterdir())]
+    paths += [str(tmp_path / "green.zip" / path.name) for path in sorted((images / "green").iterdir())]
+    assert [line["path"] for line in answers] == paths
+    whole = predict(PredictConfig(run=trained / "run", images=(images,)))["predictions"]
+    as_one = {line["path"]: line["probabilities"] for line in whole}
+    for line in answers:
+        name = line["path"].replace(str(tmp_path / "green.zip"), "green").removeprefix(f"{images}/")
+        assert line["probabilities"] == as_one[name]
+    with pytest.raises(InputError, match="more than once"):
+        predict(PredictConfig(run=trained / "run", images=(photo, photo)))
 
 
 def test_unreadable_images_are_reported_and_shift_nothing(trained: Path, tmp_path: Path) -> None:
     images = write_image_folder(tmp_path / "images", {"": 2})
     (images / "green" / "000a.jpg").write_bytes(b"<!DOCTYPE html>")
-    result = predict(PredictConfig(run=trained / "run", images=images))
+    result = predict(PredictConfig(run=trained / "run", images=(images,)))
     assert [failure["path"] for failure in result["failures"]] == ["green/000a.jpg"]
     (images / "green" / "000a.jpg").unlink()
-    assert predict(PredictConfig(run=trained / "run", images=images))["predictions"] == result["predictions"]
+    assert predict(PredictConfig(run=trained / "run", images=(images,)))["predictions"] == result["predictions"]
     (images / "green" / "000a.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=r"000a\.jpg.*--on-error skip"):
-        predict(PredictConfig(run=trained / "run", images=images, on_error="fail", out=tmp_path / "out.csv"))
+        predict(PredictConfig(run=trained / "run", images=(images,), on_error="fail", out=tmp_path / "out.csv"))
     assert not (tmp_path / "out.csv").exists()
 
 
 def test_cells_that_a_spreadsheet_would_run_are_defused(trained: Path, tmp_path: Path) -> None:
     images = write_image_folder(tmp_path / "images", {"": 1})
     (images / "red" / "000.png").rename(images / "=cmd|' calc'!A1.png")
-    predict(PredictConfig(run=trained / "run", images=images, out=tmp_path / "out.csv"))
+    predict(PredictConfig(run=trained / "run", images=(images,), out=tmp_path / "out.csv"))
     with open(tmp_path / "out.csv", newline="") as file:
         assert "'=cmd|' calc'!A1.png" in [row["path"] for row in csv.DictReader(file)]
 
@@ -114,5 +138,5 @@ def test_cells_that_a_spreadsheet_would_run_are_defused(trained: Path, tmp_path:
 def test_names_that_are_no_text_keep_their_bytes(trained: Path, tmp_path: Path) -> None:
     images = write_image_folder(tmp_path / "images", {"": 1})
     (images / "red" / "000.png").rename(os.fsdecode(os.fsencode(images) + b"/\xff\xfe,\n.png"))
-    predict(PredictConfig(run=trained / "run", images=images, out=tmp_path / "out.csv"))
+    predict(PredictConfig(run=trained / "run", images=(images,), out=tmp_path / "out.csv"))
     assert b'"\xff\xfe,\n.png"' in (tmp_path / "out.csv").read_bytes()

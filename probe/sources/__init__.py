@@ -3,6 +3,7 @@
 from probe.sources.folders import IMAGE_SUFFIXES
 from probe.sources.opening import open_source
 from probe.sources.rows import Columns
+from probe.sources.several import open_images
 from probe.sources.source import Example, Source, check_labels, display_name, list_names
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "check_labels",
     "display_name",
     "list_names",
+    "open_images",
     "open_source",
 ]
