@@ -368,6 +368,11 @@ class FinetuneConfig:
     """Share of the target spread evenly over all classes."""
     image_size: IfGiven[int] = None
     """Height and width of the images; position embeddings are interpolated (if not given: the checkpoint's)."""
+    views: int | None = None
+    """Augmented pictures of each training image, epoch after epoch in turn (if not given: new ones in every epoch)."""
+    cache_prefix: str = "auto"
+    """Compute the frozen blocks below the first one that learns once, and keep what they give on the disk: auto, where
+    it pays, and beside --out until the run ends; off; or a folder, where later runs find it again."""
     train_batchnorm: Flag = False
     """Normalise by the statistics of the batch and update the running ones (if not given: the pretrained ones stay)."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -420,6 +425,9 @@ class FinetuneConfig:
             _require(self.patience >= 1, "patience", "at least 1", self.patience)
         if self.image_size is not None:
             _require(self.image_size >= 1, "image-size", "at least 1", self.image_size)
+        if self.views is not None:
+            _require(self.views >= 1, "views", "at least 1", self.views)
+        _require(self.cache_prefix != "", "cache-prefix", "auto, off or a folder", "nothing")
         _require(self.checkpoint_every >= 0, "checkpoint-every", "0 or more", self.checkpoint_every)
         _require(0 <= self.warmup_fraction < 1, "warmup-fraction", "at least 0 and below 1", self.warmup_fraction)
         _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)

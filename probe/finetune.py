@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import functools
 import io
-import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from probe.training import optim, train, verdict
 from probe.training.augment import AugmentConfig
 from probe.training.decoded import ImageRows
 from probe.training.full import backbone_variables, classifier_variables
+from probe.training.prefix import blocks_to_cache
 from probe.training.rates import RateOptions, make_rules
 from probe.training.start import VIEW, embed_rows, solve_head, zero_head
-from probe.training.tuning import Tuning, checkpoint_folder, options_of, require_no_checkpoints
+from probe.training.tuning import Tuning, options_of, require_no_checkpoints
 
 _FAILURES_SHOWN = 20
 
@@ -54,7 +55,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     loaded = load_backbone(config.backbone)
     given, seen_by_start = _given_head(config, source.class_names, loaded)
     backbone = loaded if config.image_size is None else resize_backbone(loaded, config.image_size)
-    rules = _rules(config, backbone, given)  # before the images are read: a clash should cost no time
+    # before the images are read: a clash should cost no time
+    rules = _rules(config, backbone, given)
+    num_cached_blocks = _cached_blocks(config, backbone, given, rules)
     images = ImageRows.decode(source, backbone.preprocessing, num_workers=config.num_workers, on_error=config.on_error)
     rows = resolve_splits(
         images.labels,
@@ -65,7 +68,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         seed=config.seed,
     )
     start, facts = (given, None) if given is not None else _probe(config, backbone, images, rows)
-    tuning = Tuning(config, backbone, start, rules, images, rows)
+    tuning = Tuning(config, backbone, start, rules, images, rows, num_cached_blocks=num_cached_blocks)
     result = tuning.fit()
 
     probe_logits = None if facts is None else tuning.logits(0.0, 0, rows.val)
@@ -104,6 +107,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         ],
         "history": [dataclasses.asdict(line) for line in result.history],
         "parts": [dataclasses.asdict(part) for part in tuning.parts],
+        "cached_prefix": tuning.cached_prefix,
         "failures": images.failures,
     }
     kept = predictions.collect(
@@ -115,7 +119,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     )
     seen = seen_by_start.union(map(bytes, images.keys[np.concatenate([rows.train, rows.val])]))
     _save(config, loaded, backbone, start, names, tuning.variables(alpha, epoch), metrics, kept, seen)
-    shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
+    tuning.end()
     return metrics
 
 
@@ -156,6 +160,27 @@ def _rules(config: FinetuneConfig, backbone: Backbone, head: TrainedHead | None)
     if config.train_batchnorm and not state:
         raise ConfigError(f"--train-batchnorm: {backbone.name} has no batch norm")
     return rules
+
+
+def _cached_blocks(
+    config: FinetuneConfig, backbone: Backbone, head: TrainedHead | None, rules: dict[str, float | str]
+) -> int:
+    augmentation = options_of(config, AugmentConfig)
+    if config.views is not None and not (augmentation.changes_images or augmentation.mixes):
+        raise ConfigError(f"--views {config.views} cannot act: there is no augmentation that draws any")
+    params, _ = classifier_variables(backbone, zero_head(backbone.width, 2) if head is None else head)
+    num_blocks, note = blocks_to_cache(
+        config.cache_prefix,
+        backbone,
+        optim.partition(params, rules),
+        augmentation,
+        epochs=config.epochs,
+        views=config.views,
+        train_batchnorm=config.train_batchnorm,
+    )
+    if note is not None:
+        print(note, file=sys.stderr)
+    return num_blocks
 
 
 def _given_head(

@@ -7,7 +7,7 @@ import pytest
 from probe.backbones import load_backbone
 from probe.errors import ConfigError
 from probe.training import optim
-from probe.training.rates import RateOptions, blocks, make_rules
+from probe.training.rates import RateOptions, blocks, make_rules, num_frozen_blocks
 
 
 def params_of(checkpoint):
@@ -83,6 +83,30 @@ def test_unfreeze_last_trains_the_top(clip, resnet):
     assert set(jax.tree.leaves(stages["stages_1"]["layers_1"])) == {1e-5}
     np.testing.assert_allclose(jax.tree.leaves(stages["stages_1"]["layers_0"]), 1e-6)
     assert set(jax.tree.leaves([stages["stages_0"], labels["backbone"]["embedder"]])) == {"frozen"}
+
+
+@pytest.mark.parametrize(
+    ("options", "of_clip", "of_resnet"),
+    [
+        ({}, 0, 0),
+        ({"unfreeze_last": 1}, 1, 2),
+        ({"unfreeze_last": 2}, 0, 1),
+        ({"freeze": ("backbone",)}, 2, 3),
+        ({"freeze": ("backbone/encoder",)}, 0, 0),  # what is below the blocks learns
+        ({"rates": ("**/bias=1", "**=frozen")}, 0, 0),
+    ],
+)
+def test_frozen_blocks_are_those_below_all_that_learns(clip, resnet, options, of_clip, of_resnet):
+    for params, expected in ((clip, of_clip), (resnet, of_resnet)):
+        labels = optim.partition(params, make_rules(RateOptions(**options), params))
+        assert num_frozen_blocks(labels) == expected
+
+
+def test_a_block_that_learns_in_part_is_not_frozen(clip):
+    rules = {"backbone/encoder/layers_1/mlp": 1.0, "backbone/post_layernorm": 1.0, "backbone": "frozen", "head": 1.0}
+    assert num_frozen_blocks(optim.partition(clip, rules)) == 1
+    del rules["backbone/encoder/layers_1/mlp"]
+    assert num_frozen_blocks(optim.partition(clip, rules)) == 2
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from probe.cache.hdf5 import build_image as build_image
 from probe.cache.hdf5 import safe_open as safe_open
 from probe.cache.manifest import Manifest as Manifest
 from probe.cache.manifest import check_same as check_same
+from probe.cache.manifest import describe_differences as describe_differences
 from probe.cache.manifest import load_manifest as load_manifest
 from probe.cache.manifest import make_manifest as make_manifest
 from probe.cache.plan import FAILED as FAILED
@@ -25,6 +26,9 @@ from probe.cache.plan import Plan as Plan
 from probe.cache.plan import make_inputs as make_inputs
 from probe.cache.reader import Cache as Cache
 from probe.cache.reader import Table as Table
+from probe.cache.sealed import open_record as open_record
+from probe.cache.sealed import read_file as read_file
+from probe.cache.sealed import seal_record as seal_record
 from probe.cache.shards import KNOWN as KNOWN
 from probe.cache.shards import Facts as Facts
 from probe.cache.shards import ShardContents as ShardContents

@@ -8,7 +8,8 @@ full disk ended h5py in a segmentation fault 200 times of 200; an image built in
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -56,6 +57,7 @@ class SafeFile:
 
     def __init__(self, file: h5py.File, where: str) -> None:
         self._file, self._where = file, where
+        self._found: dict[str, h5py.Dataset] = {}  # by path, those that were checked
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Raises: CorruptError as `read` does."""
@@ -76,11 +78,12 @@ class SafeFile:
             raise self._error(path, f"is a group of {len(group):,} items")
         return sorted(group)
 
-    def read(self, path: str, *, dtypes: str | None = None) -> np.ndarray:
-        """The whole dataset.
+    def read(self, path: str, *, dtypes: str | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
+        """The whole dataset, or some of its rows.
 
         Args:
           path: its place in the file, as "embeddings/pooler".
+          rows: one or more, in any order; no more of the file is read than the chunks that hold them.
           dtypes: names of the element types that will do, separated by spaces (default: any number or fixed
             bytes).
         Raises: CorruptError if the dataset is missing, is not plainly stored in this file, is absurdly large,
@@ -90,7 +93,7 @@ class SafeFile:
         if dtypes is not None and dataset.dtype.name not in dtypes.split():
             raise self._error(path, f"has elements of type {dataset.dtype.name} where {dtypes} is meant")
         try:
-            array: np.ndarray = dataset[...]
+            array: np.ndarray = dataset[...] if rows is None else np.stack([dataset[row] for row in rows])
         except (OSError, RuntimeError, ValueError) as err:
             raise self._error(path, f"cannot be read ({err})") from err
         if array.dtype.kind == "f" and not all_finite(array):
@@ -110,6 +113,8 @@ class SafeFile:
         return link
 
     def _checked(self, path: str) -> h5py.Dataset:
+        if path in self._found:
+            return self._found[path]
         try:
             link = self._link(path)
             if link is None:
@@ -124,6 +129,7 @@ class SafeFile:
             raise self._error(path, f"cannot be opened ({err})") from err
         if fault is not None:
             raise self._error(path, fault)
+        self._found[path] = dataset
         return dataset
 
     def _error(self, path: str, fault: str) -> CorruptError:
@@ -131,16 +137,16 @@ class SafeFile:
 
 
 @contextlib.contextmanager
-def safe_open(image: bytes, where: str) -> Iterator[SafeFile]:
-    """Opens an HDF5 file that lies in memory.
+def safe_open(image: bytes | BinaryIO, where: str) -> Iterator[SafeFile]:
+    """Opens an HDF5 file that lies in memory, or one that is too large for it.
 
     Args:
-      image: the bytes of the file.
+      image: the bytes of the file, or the file, open for reading, whose bytes were checked.
       where: what to call it in an error.
     Raises: CorruptError if it is not an HDF5 file.
     """
     try:
-        file = h5py.File(io.BytesIO(image), "r")
+        file = h5py.File(io.BytesIO(image) if isinstance(image, bytes) else image, "r")
     except (OSError, RuntimeError, ValueError) as err:
         raise CorruptError(f"{where}: not a readable HDF5 file ({err})") from err
     with file:

@@ -66,14 +66,18 @@ def check_same(found: Manifest, wanted: Manifest, root: Path) -> None:
     """Raises: MismatchError that lists every field in which the cache in `root` is not what is wanted now."""
     if found.fingerprint == wanted.fingerprint:
         return
-    fields = _differences(found.identity, wanted.identity)
-    differences = "; ".join(
-        f"{field} is {_spell(theirs)} there and {_spell(ours)} now" for field, theirs, ours in fields
-    )
+    differences = describe_differences(found.identity, wanted.identity)
     raise MismatchError(
         f"{root}: this cache was made with {found.names.get('backbone')}, in another way than with "
         f"{wanted.names.get('backbone')} now, and embeddings of both do not go together. Give the backbone and the "
         f"options that the cache was made with, or choose another --out. Fields that differ: {differences}"
+    )
+
+
+def describe_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """The fields in which two identities differ, and both sides of each."""
+    return "; ".join(
+        f"{field} is {_spell(there)} there and {_spell(now)} now" for field, there, now in _differences(theirs, ours)
     )
 
 

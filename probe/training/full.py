@@ -34,7 +34,7 @@ def backbone_variables(params: dict[str, Any], model_state: dict[str, Any]) -> d
 
 def make_apply_fn(
     classifier: Classifier,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | None,
     *,
     train_batchnorm: bool = False,
     bfloat16: bool = False,
@@ -46,6 +46,8 @@ def make_apply_fn(
     float32, as in `probe embed`.
 
     Args:
+      preprocessing: of the images; None where the classifier's backbone is the rest of a tower (see
+        `probe.backbones.split`), which takes activations for images.
       train_batchnorm: normalise by the statistics of the batch in training and update the running ones. Else those
         of the pretrained tower stay: a fine-tuning batch is too small to replace them.
       bfloat16: train in bfloat16, with the weights, their gradients' sums and all evaluation in float32.
@@ -65,7 +67,7 @@ def make_apply_fn(
         train_fn = jax.checkpoint(train_fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 
     def apply_fn(params: Any, model_state: Any, inputs: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
-        pixels = normalize_pixels(inputs, preprocessing)
+        pixels = inputs if preprocessing is None else normalize_pixels(inputs, preprocessing)
         variables = {"params": params, **model_state}
         with jax.default_matmul_precision("highest"):
             if key is None:
@@ -76,13 +78,18 @@ def make_apply_fn(
     return apply_fn
 
 
-def make_prepare(config: AugmentConfig, num_classes: int) -> Prepare | None:
-    """What the train step does to a batch first; None where the config asks for nothing."""
+def make_prepare(config: AugmentConfig, num_classes: int, *, num_views: int | None = None) -> Prepare | None:
+    """What the train step does to a batch first; None where the config asks for nothing.
+
+    Args:
+      num_views: how many pictures are made of each: epoch e has those of epoch e % num_views (None: new ones always).
+    """
     if config == AugmentConfig():
         return None
 
     def prepare(key: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        keys = example_keys(key, batch.epoch, batch.examples)
+        view = batch.epoch if num_views is None else batch.epoch % num_views
+        keys = example_keys(key, view, batch.examples)
         return augment(config, batch.inputs, batch.labels, batch.mask, keys, num_classes=num_classes)
 
     return prepare

@@ -103,6 +103,24 @@ def _backbone_rules(options: RateOptions, params: dict[str, Any]) -> Rules:
     return rules | {"backbone": below}
 
 
+def num_frozen_blocks(labels: optim.Labels) -> int:
+    """How many blocks, from the pixels up, stand below all that learns: 0 where what is before the first one learns.
+
+    Args:
+      labels: of a classifier's parameters, as `optim.partition` gives them.
+    """
+    ordered = blocks(labels)
+
+    def height(path: str) -> int:
+        """Of the block that a parameter is in; of what stands above all blocks, their number."""
+        if path.startswith(("head/", f"{_TOP}/", f"{_PROJECTION}/")):
+            return len(ordered)
+        return next((number for number, block in enumerate(ordered) if path.startswith(f"{block}/")), 0)
+
+    flat = traverse_util.flatten_dict(labels, sep="/")
+    return min(height(path) for path, label in flat.items() if label != optim.FROZEN)
+
+
 def _parse(rule: str) -> tuple[str, float | str]:
     pattern, equals, rate = rule.rpartition("=")
     if not equals or not pattern:

@@ -1,6 +1,7 @@
 """One fine-tuning: what is trained on which rows, its checkpoints, and the weights between its start and its end."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 import shutil
@@ -9,22 +10,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import flax.linen as nn
 import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
 from probe.backbones import Backbone
+from probe.backbones.split import make_suffix
 from probe.config import FinetuneConfig, to_json
-from probe.errors import InputError
+from probe.errors import InputError, StorageError
 from probe.heads import Classifier, TrainedHead
+from probe.images import Preprocessing
 from probe.progress import Progress
 from probe.splits import Splits
 from probe.training import optim, sharding, steps, train, verdict
 from probe.training.augment import AugmentConfig
 from probe.training.decoded import ImageRows
 from probe.training.full import classifier_variables, make_apply_fn, make_prepare
+from probe.training.prefix import FrozenPrefix, num_views
+from probe.training.steps import ApplyFn
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """A classifier as training runs it, whole or above cached blocks; frozen: the leaves that it only reads."""
+
+    apply_fn: ApplyFn
+    frozen: steps.Params
+
+    @functools.cached_property
+    def eval_step(self) -> steps.EvalStep:
+        return steps.make_eval_step(self.apply_fn)
 
 
 class Tuning:
@@ -38,24 +56,47 @@ class Tuning:
         rules: dict[str, float | str],
         images: ImageRows,
         rows: Splits,
+        *,
+        num_cached_blocks: int = 0,
     ) -> None:
+        """
+        Args:
+          num_cached_blocks: of the backbone, frozen, whose activations are computed once (see `prefix`).
+        """
         self._config, self._images, self._rows = config, images, rows
         self._num_classes = len(images.source.class_names)
         params, self._start_state = classifier_variables(backbone, start)
         self._labels, self.parts = optim.partition(params, rules), optim.parts(params, rules)
-        self._start, self._frozen = optim.split(params, self._labels)
-        self._apply_fn = make_apply_fn(
-            Classifier(self._num_classes, backbone.module, start.hidden),
-            backbone.preprocessing,
-            train_batchnorm=config.train_batchnorm,
-            bfloat16=config.precision == "bfloat16",
-            remat=config.remat,
-        )
-        self._eval_step = steps.make_eval_step(self._apply_fn)
+        self._placement = sharding.Placement.over_all_devices(config.batch_size // config.accumulate, fsdp=config.fsdp)
+        self._start, frozen = optim.split(params, self._labels)
+        self._frozen = self._placement.place(frozen)
         self._fingerprint = backbone.fingerprint
+        self._augmentation = options_of(config, AugmentConfig)
+        self._whole = self._trained = _Network(
+            self._make_apply_fn(backbone.module, backbone.preprocessing, start), self._frozen
+        )
+        self._prefix = self._make_prefix(backbone, num_cached_blocks) if num_cached_blocks else None
+        if self._prefix is not None:
+            suffix = make_suffix(backbone.config, num_cached_blocks)
+            above = self._prefix.frozen_above(self._frozen)
+            self._trained = _Network(self._make_apply_fn(suffix, None, start), above)
+
+    @property
+    def cached_prefix(self) -> dict[str, Any] | None:
+        """What was cached, as JSON values."""
+        if self._prefix is None:
+            return None
+        return {"num_blocks": self._prefix.num_blocks, "num_views": self._prefix.views}
 
     def fit(self) -> train.FitResult:
-        config, rows = self._config, self._rows
+        """Trains. Raises: what `train.fit` and `FrozenPrefix.build` raise."""
+        config, rows, prefix = self._config, self._rows, self._prefix
+        _print_parts(self.parts)
+        if prefix is not None:
+            print(prefix.describe(), file=sys.stderr)
+            prefix.build()
+        # what the prefix holds is augmented already
+        augmentation = AugmentConfig(label_smoothing=config.label_smoothing) if prefix else self._augmentation
         num_steps = config.epochs * math.ceil(len(rows.train) / config.batch_size)
         tx = optim.make_optimizer(
             optim.split(self._labels, self._labels)[0],
@@ -65,33 +106,32 @@ class Tuning:
             momentum=config.momentum if config.optimizer == "sgd" else None,
             clip_norm=config.clip_norm,
         )
-        placement = sharding.Placement.over_all_devices(config.batch_size // config.accumulate, fsdp=config.fsdp)
-        _print_parts(self.parts)
         with Progress("training", total=config.epochs * len(rows.train), unit="images") as progress:
 
             def train_batches(epoch: int) -> Iterator[steps.Batch]:
                 order = rows.train[steps.shuffled(len(rows.train), seed=config.seed, epoch=epoch)]
-                for batch in self._images.batches(order, config.batch_size):
+                source = prefix.train_batches(order, config.batch_size, epoch) if prefix else self._batches(order)
+                for batch in source:
                     yield batch
                     progress.advance(int(batch.mask.sum()))
 
             self._result = train.fit(
-                self._apply_fn,
+                self._trained.apply_fn,
                 tx,
                 self._start,
-                frozen=self._frozen,
+                frozen=self._trained.frozen,
                 model_state=self._start_state,
                 train_batches=train_batches,
-                val_batches=lambda: self._images.batches(rows.val, config.batch_size),
+                val_batches=lambda: self._evaluation(rows.val)[1],
                 num_epochs=config.epochs,
                 seed=config.seed,
-                prepare=make_prepare(options_of(config, AugmentConfig), self._num_classes),
+                prepare=make_prepare(augmentation, self._num_classes, num_views=config.views),
                 num_microbatches=config.accumulate,
                 average_decay=config.average,
                 patience=config.patience,
                 wanted=verdict.epochs_wanted,
-                place=placement.place,
-                place_batch=placement.place_batch,
+                place=self._placement.place,
+                place_batch=self._placement.place_batch,
                 checkpointing=self._checkpointing(),
                 on_epoch=_print_epoch,
             )
@@ -99,14 +139,68 @@ class Tuning:
 
     def logits(self, alpha: float, epoch: int, rows: np.ndarray) -> np.ndarray:
         """Logits [n, C] of the given rows, by the weights at α between the start and an epoch's end."""
-        trained, state = self._between(alpha, epoch)
-        batches = self._images.batches(rows, self._config.batch_size)
-        return steps.predict_logits(self._eval_step, trained, self._frozen, state, batches)[0]
+        trained, state = self._placement.place(self._between(alpha, epoch))
+        network, batches = self._evaluation(rows)
+        placed = (self._placement.place_batch(batch) for batch in batches)
+        return steps.predict_logits(network.eval_step, trained, network.frozen, state, placed)[0]
 
     def variables(self, alpha: float, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """All parameters and the model state, by the same."""
         trained, state = self._between(alpha, epoch)
         return steps.merge(trained, self._frozen), state
+
+    def end(self) -> None:
+        """Removes what only a run under way needs: checkpoints, and activations that no folder was named for."""
+        shutil.rmtree(checkpoint_folder(self._config), ignore_errors=True)
+        if self._prefix is not None:
+            self._prefix.close()
+            if self._config.cache_prefix == "auto":
+                shutil.rmtree(self._prefix.folder, ignore_errors=True)
+
+    def _evaluation(self, rows: np.ndarray) -> tuple["_Network", Iterator[steps.Batch]]:
+        """What answers to these rows, and the rows as it takes them."""
+        if self._prefix is not None and self._prefix.holds(rows):
+            return self._trained, self._prefix.plain_batches(rows, self._config.batch_size)
+        return self._whole, self._batches(rows)
+
+    def _batches(self, rows: np.ndarray) -> Iterator[steps.Batch]:
+        return self._images.batches(rows, self._config.batch_size)
+
+    def _make_apply_fn(self, tower: nn.Module, preprocessing: Preprocessing | None, start: TrainedHead) -> ApplyFn:
+        return make_apply_fn(
+            Classifier(self._num_classes, tower, start.hidden),
+            preprocessing,
+            train_batchnorm=self._config.train_batchnorm,
+            bfloat16=self._config.precision == "bfloat16",
+            remat=self._config.remat,
+        )
+
+    def _make_prefix(self, backbone: Backbone, num_blocks: int) -> FrozenPrefix | None:
+        """The cache of frozen blocks; None where it was nobody's wish and the disk has no room for it."""
+        config = self._config
+        asked = config.cache_prefix != "auto"
+        prefix = FrozenPrefix(
+            backbone,
+            num_blocks,
+            self._images,
+            self._rows,
+            self._augmentation,
+            views=num_views(self._augmentation, config.views, config.epochs),
+            seed=config.seed,
+            bfloat16=config.precision == "bfloat16",
+            batch_size=config.batch_size,
+            placement=self._placement,
+            folder=Path(config.cache_prefix) if asked else config.out.with_name(f"{config.out.name}.prefix"),
+        )
+        prefix.claim(rebuild=not asked)
+        try:
+            prefix.require_room()
+        except StorageError as err:
+            if asked:
+                raise
+            print(f"the {num_blocks} frozen blocks are computed in every epoch: {err}", file=sys.stderr)
+            return None
+        return prefix
 
     def _between(self, alpha: float, epoch: int) -> tuple[Any, Any]:
         start = (self._start, self._start_state)
@@ -131,6 +225,7 @@ class Tuning:
             "checkpoint_every",
             "images",
             "cache",
+            "cache_prefix",
             "keep",
             "bundle_backbone",
         )
@@ -140,7 +235,12 @@ class Tuning:
         return train.Checkpointing(
             folder=checkpoint_folder(config),
             every_steps=config.checkpoint_every,
-            record={**options, "backbone": self._fingerprint, "rows": rows.hexdigest()},
+            record={
+                **options,
+                "backbone": self._fingerprint,
+                "rows": rows.hexdigest(),
+                "cached_blocks": 0 if self._prefix is None else self._prefix.num_blocks,  # another program: other bits
+            },
             resume=config.resume,
         )
 
