@@ -12,6 +12,8 @@ import itertools
 import math
 import os
 import platform
+import sys
+import threading
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +22,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
+import numpy as np
 
 from probe import interrupt
-from probe.backbones import Backbone, load_backbone
+from probe.backbones import Backbone, load_backbone, make_embed_fn
 from probe.cache import (
     CacheWriter,
     Failure,
@@ -37,16 +40,20 @@ from probe.cache import (
     newest_complete,
 )
 from probe.config import EmbedConfig
-from probe.embedding import Item, embed_shard, make_run_batch, memory_explained
+from probe.embedding import Item, ShardInWork, make_run_batch, memory_explained
 from probe.errors import ConfigError, FailedImagesError, InputError, StorageError
 from probe.estimate import describe_estimate, estimate, spread
 from probe.images import ImageError, LoadedImage, load_images
+from probe.machine import count_flops, matmul_rate
 from probe.progress import Progress
 from probe.sources import Columns, Example, Source, check_labels, display_name, open_source
+from probe.stages import Stages, describe_stages
 
 _BATCH_SIZE = 32
 _SHARD_ROWS_CPU, _SHARD_ROWS = 1024, 16384  # about a minute of a CPU's work, 50 MB of 768 float32
 _FAILURES_SHOWN = 20
+_AHEAD = 64  # images that are decoded ahead, at least
+_LONG_ENOUGH = 5.0  # seconds of running after which it is worth half a second to measure the device's rate
 _PROGRAM = 1  # raise it when the towers or the decoder give other numbers for the same weights and images
 
 
@@ -87,6 +94,9 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     done = plan if plan.complete else writer.complete(plan)
     summary = _summarize(config, writer, done or plan, work.num_computed, time.monotonic() - started)
     summary["num_dropped"] = num_dropped
+    if work.stages is not None and work.num_computed:
+        summary["stages"] = _describe_use(work.stages, backbone, manifest)
+        print(describe_stages(summary["stages"]), file=sys.stderr)
     if summary["complete"] and summary["num_embedded"] == 0:
         raise InputError(
             f"{config.images}: none of {summary['num_images']:,} images could be read: "
@@ -144,7 +154,11 @@ class _Work:
         self._older = known_keys(plan)
         self._mine: set[bytes] = set()  # keys in this process's own earlier shards of this plan
         self._num_failed = 0
+        self._counting = threading.Lock()  # of _num_failed, for images fail in two threads
+        self._finishing: ShardInWork | None = None  # the shard before, whose last batches are being computed
+        self._sealing: Future[None] | None = None  # its way to the disk
         self.num_computed = 0
+        self.stages: Stages | None = None  # where the time went, if there was anything to do
 
     def run(self) -> None:
         """Makes every shard of this share that is not sealed yet."""
@@ -159,46 +173,81 @@ class _Work:
             return
         run_batch = make_run_batch(self._backbone)
         made_by = _made_by()
+        batch_size = self._writer.manifest.identity["batch_size"]
+        self.stages = stages = Stages()
         with Progress("embedding", total=total, unit="images") as progress, ThreadPoolExecutor(1) as disk:
-            sealing: Future[None] | None = None
             images = load_images(
-                self._items(),
+                self._items(stages),
                 self._backbone.preprocessing,
                 num_workers=self._config.num_workers,
                 max_pixels=self._config.max_pixels,
                 skip_keys=self._is_known,
+                ahead=max(_AHEAD, 2 * batch_size),  # while one batch is fetched the next is decoded
             )
             next_number = iter(self._numbers)
             with closing(cast(Generator[LoadedImage[Item]], images)):  # ends its workers, whatever happens
-                for number, slice_of_images in itertools.groupby(images, _number):
+                for number, slice_of_images in itertools.groupby(stages.waited(images), _number):
                     for earlier in next_number:
                         if earlier == number:
                             break
                         self._learn(earlier)
-                    contents = embed_shard(
-                        slice_of_images,
+                    shard = ShardInWork(
                         run_batch,
-                        batch_size=self._writer.manifest.identity["batch_size"],
+                        batch_size=batch_size,
                         dtype=self._writer.manifest.identity["stored_dtype"],
-                        is_known=self._is_known,
-                        on_image=lambda: progress.advance(1),
                         on_failure=self._count,
+                        stages=stages,
                     )
-                    self._mine.update(key.tobytes() for key in contents.keys)
-                    self.num_computed += len(contents.keys)
-                    if sealing is not None:
-                        sealing.result()  # a full disk is heard of here, at most one shard late
-                    sealing = disk.submit(self._writer.seal, self._plan, number, contents, made_by)
+                    for image in slice_of_images:
+                        interrupt.check()
+                        stages.files_s += image.read_s
+                        stages.decode_s += image.decode_s
+                        shard.add(image, self._is_certainly_known)
+                        progress.advance(1)
+                    shard.send_rest()
+                    self._await_sealing(stages)
+                    self._finishing = shard
+                    self._sealing = disk.submit(self._finish, shard, number, made_by, stages)
             for later in next_number:
                 self._learn(later)
-            if sealing is not None:
-                sealing.result()
+            self._await_sealing(stages)
+        stages.stop()
 
-    def _items(self) -> Iterator[tuple[Item, bytes | Path | ImageError]]:
+    def _finish(self, shard: ShardInWork, number: int, made_by: dict[str, str], stages: Stages) -> None:
+        """What is left to do for a shard once all is sent: done in a thread, while the next one is computed."""
+        contents = shard.finish()
+        self._mine.update(key.tobytes() for key in contents.keys)
+        self.num_computed += len(contents.keys)
+        with stages.timed("write_s"):
+            self._writer.seal(self._plan, number, contents, made_by)
+
+    def _await_sealing(self, stages: Stages) -> None:
+        """Waits until the shard before is on the disk: a full one is heard of here, at most one shard late."""
+        if self._sealing is None or self._finishing is None:
+            return
+        with stages.timed("device_wait_s"):
+            self._finishing.wait()
+        with stages.timed("write_wait_s"):
+            self._sealing.result()
+        self._sealing = self._finishing = None
+
+    def _is_certainly_known(self, key: bytes) -> bool:
+        """As `_is_known`; but of a key in the shard that is being finished it is not known yet, so that is awaited."""
+        if self._sealing is not None and self._finishing is not None and key in self._finishing:
+            self._sealing.result()
+        return self._is_known(key)
+
+    def _items(self, stages: Stages) -> Iterator[tuple[Item, bytes | Path | ImageError]]:
         for number in self._numbers:
             if self._writer.find_sealed(self._plan, number) is None:  # it may be, by now, by another process
                 examples = [self._examples[row] for row in self._writer.shard_rows(self._plan, number)]
-                for example, content in self._source.iter_bytes(examples):
+                contents = self._source.iter_bytes(examples)
+                while True:
+                    with stages.timed("files_s"):  # out of an archive they are read here
+                        found = next(contents, None)
+                    if found is None:
+                        break
+                    example, content = found
                     yield Item(number, example), content
 
     def _learn(self, number: int) -> None:
@@ -215,7 +264,8 @@ class _Work:
 
     def _count(self, failure: Failure) -> None:
         """Raises: InputError or FailedImagesError if this is one failure too many."""
-        self._num_failed += 1
+        with self._counting:
+            self._num_failed += 1
         name = display_name(failure.name)
         if self._config.on_error == "fail":
             raise InputError(f"{name}: {failure.reason}: {failure.detail}. Mend it, or pass --on-error skip.")
@@ -224,6 +274,24 @@ class _Work:
                 f"{self._num_failed} images have failed, and --max-failures is {self._config.max_failures}; the last "
                 f"is {name} ({failure.reason}: {failure.detail}). What was sealed so far is kept."
             )
+
+
+def _describe_use(stages: Stages, backbone: Backbone, manifest: Manifest) -> dict[str, Any]:
+    """The stage table and, after runs that were long enough for it to mean something, the use of the device."""
+    table = stages.to_json()
+    if stages.wall_s - stages.compile_s >= _LONG_ENOUGH:
+        identity = manifest.identity
+        precision = identity["compute_dtype"]
+        images = jax.ShapeDtypeStruct((identity["batch_size"], *backbone.preprocessing.image_size, 3), np.uint8)
+        flops = count_flops(make_embed_fn(backbone, backbone.views), backbone.variables, images)
+        flops_per_image, rate = flops / identity["batch_size"], matmul_rate(precision) * identity["num_devices"]
+        table |= {
+            "flops_per_image": flops_per_image,
+            "flops_per_second": rate,
+            "precision": precision,
+            "utilisation": stages.utilisation(flops_per_image, rate),
+        }
+    return table
 
 
 def _number(image: LoadedImage[Item]) -> int:

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -19,6 +20,7 @@ from probe.cache import FAILED, KNOWN, Facts, Failure, ShardContents
 from probe.errors import OutOfMemoryError
 from probe.images import ImageError, LoadedImage
 from probe.sources import Example
+from probe.stages import Stages
 
 _BATCHES_IN_FLIGHT = 2  # the device computes one while the next is sent
 
@@ -53,60 +55,108 @@ def embed_shard(
       is_known: whether an older shard has the embedding of a content key.
       on_image, on_failure: called for each image when it is read, and for each that has failed.
     """
-    read: list[LoadedImage[Item]] = []
-    rows: list[int] = []
-    row_of: dict[bytes, int] = {}  # in the order in which they are embedded
-    failures: dict[bytes, Failure] = {}
-    batches = _Batches(run_batch, batch_size)
+    shard = ShardInWork(run_batch, batch_size=batch_size, dtype=dtype, on_failure=on_failure)
     for image in images:
         interrupt.check()
+        shard.add(image, is_known)
+        on_image()
+    shard.send_rest()
+    return shard.finish()
+
+
+class ShardInWork:
+    """A shard whose images are added one by one, and finished perhaps by another thread.
+
+    When the last batch is sent, the next shard may be begun: the device goes on while this one is fetched, made into
+    contents and written.
+    """
+
+    def __init__(
+        self,
+        run_batch: RunBatch,
+        *,
+        batch_size: int,
+        dtype: str,
+        on_failure: Callable[[Failure], None] = lambda failure: None,
+        stages: Stages | None = None,
+    ) -> None:
+        """Args: as for `embed_shard`; stages: where the time is counted."""
+        self._dtype, self._on_failure = dtype, on_failure
+        self._read: list[LoadedImage[Item]] = []
+        self._rows: list[int] = []
+        self._row_of: dict[bytes, int] = {}  # in the order in which they are embedded
+        self._failures: dict[bytes, Failure] = {}
+        self._batches = _Batches(run_batch, batch_size, stages or Stages())
+        self._fetched = threading.Event()
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether the image of this key was sent to the device for this shard."""
+        return key in self._row_of
+
+    def add(self, image: LoadedImage[Item], is_known: Callable[[bytes], bool]) -> None:
+        """The next image; every full batch is sent."""
         if image.failure is not None or image.key is None:
-            failure = Failure(image.example.example.name, *_reason(image.failure))
-            failures[failure.name] = failure
-            rows.append(FAILED)
-            on_failure(failure)
-        elif image.key in row_of:
-            rows.append(row_of[image.key])
+            self._fail(image, *_reason(image.failure))
+            self._rows.append(FAILED)
+        elif image.key in self._row_of:
+            self._rows.append(self._row_of[image.key])
         elif is_known(image.key):
-            rows.append(KNOWN)
+            self._rows.append(KNOWN)
         else:
             assert image.pixels is not None, "only what is known may be skipped"
-            rows.append(row_of.setdefault(image.key, len(row_of)))
-            batches.add(image.pixels)
-        read.append(dataclasses.replace(image, pixels=None))
-        on_image()
-    embeddings = batches.finish()
-    stored, unfit = _as_stored(embeddings, dtype)
-    kept = np.array([row not in unfit for row in range(len(row_of))], bool)
-    new_row = np.cumsum(kept) - 1
-    for position, (image, row) in enumerate(zip(read, rows, strict=True)):
-        if row in unfit:
-            name = image.example.example.name
-            failures[name] = Failure(name, *unfit[row])
-            rows[position] = FAILED
-            on_failure(failures[name])
-        elif row >= 0:
-            rows[position] = int(new_row[row])
-    facts = Facts(
-        names=[image.example.example.name for image in read],
-        sizes=[image.size or image.example.example.size for image in read],
-        mtimes_ns=[image.mtime_ns or image.example.example.mtime_ns for image in read],
-        keys=_as_keys(image.key or bytes(32) for image in read),
-        rows=np.array(rows, np.int32),
-    )
-    return ShardContents(
-        facts=facts,
-        keys=_as_keys(row_of)[kept],
-        embeddings={view: array[kept] for view, array in stored.items()},
-        failures=tuple(failures[name] for name in facts.names if name in failures),
-    )
+            self._rows.append(self._row_of.setdefault(image.key, len(self._row_of)))
+            self._batches.add(image.pixels)
+        self._read.append(dataclasses.replace(image, pixels=None))
+
+    def send_rest(self) -> None:
+        """No image follows: sends the last batch, padded."""
+        self._batches.send_rest()
+
+    def wait(self) -> None:
+        """Until the device has computed all of it, for who has given `finish` to another thread."""
+        self._fetched.wait()
+
+    def finish(self) -> ShardContents:
+        """Waits for what was sent. Returns: what the shard holds; call it once."""
+        read, rows = self._read, self._rows
+        try:
+            embeddings = self._batches.fetch_all()
+        finally:
+            self._fetched.set()
+        stored, unfit = _as_stored(embeddings, self._dtype)
+        kept = np.array([row not in unfit for row in range(len(self._row_of))], bool)
+        new_row = np.cumsum(kept) - 1
+        for position, (image, row) in enumerate(zip(read, rows, strict=True)):
+            if row in unfit:
+                self._fail(image, *unfit[row])
+                rows[position] = FAILED
+            elif row >= 0:
+                rows[position] = int(new_row[row])
+        facts = Facts(
+            names=[image.example.example.name for image in read],
+            sizes=[image.size or image.example.example.size for image in read],
+            mtimes_ns=[image.mtime_ns or image.example.example.mtime_ns for image in read],
+            keys=_as_keys(image.key or bytes(32) for image in read),
+            rows=np.array(rows, np.int32),
+        )
+        return ShardContents(
+            facts=facts,
+            keys=_as_keys(self._row_of)[kept],
+            embeddings={view: array[kept] for view, array in stored.items()},
+            failures=tuple(self._failures[name] for name in facts.names if name in self._failures),
+        )
+
+    def _fail(self, image: LoadedImage[Item], reason: str, detail: str) -> None:
+        failure = Failure(image.example.example.name, reason, detail)
+        self._failures[failure.name] = failure
+        self._on_failure(failure)
 
 
 class _Batches:
     """Collects images, sends full batches to the device, and fetches what it has computed meanwhile."""
 
-    def __init__(self, run_batch: RunBatch, batch_size: int) -> None:
-        self._run, self._size = run_batch, batch_size
+    def __init__(self, run_batch: RunBatch, batch_size: int, stages: Stages) -> None:
+        self._run, self._size, self._stages = run_batch, batch_size, stages
         self._pixels: list[np.ndarray] = []
         self._in_flight: collections.deque[tuple[dict[str, jax.Array], int]] = collections.deque()
         self._fetched: dict[str, list[np.ndarray]] = {}
@@ -117,10 +167,13 @@ class _Batches:
         if len(self._pixels) == self._size:
             self._send()
 
-    def finish(self) -> dict[str, np.ndarray]:
-        """{view: [R, D] float32} of all images, in the order in which they were added; empty if there were none."""
+    def send_rest(self) -> None:
+        """Sends what is left over, padded."""
         if self._pixels:
             self._send()
+
+    def fetch_all(self) -> dict[str, np.ndarray]:
+        """{view: [R, D] float32} of all images in the order in which they were added; empty if there were none."""
         while self._in_flight:
             self._fetch()
         return {view: np.concatenate(parts) for view, parts in self._fetched.items()}
@@ -130,9 +183,14 @@ class _Batches:
         batch = np.zeros((self._size, *self._pixels[0].shape), np.uint8)  # padding does not change bits
         np.stack(self._pixels, out=batch[:num])
         self._pixels.clear()
-        self._in_flight.append((self._run(batch), num))
+        self._stages.sending()
+        with self._stages.timed("device_wait_s" if self._stages.num_batches else "compile_s"):
+            outputs = self._run(batch)
+        self._stages.sent(next(iter(outputs.values())), num)
+        self._in_flight.append((outputs, num))
         if len(self._in_flight) > _BATCHES_IN_FLIGHT:
-            self._fetch()
+            with self._stages.timed("device_wait_s"):
+                self._fetch()
 
     def _fetch(self) -> None:
         outputs, num = self._in_flight.popleft()

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from probe import bundle
@@ -15,12 +17,13 @@ from probe.backbones import load_backbone, make_embed_fn
 from probe.cache import FAILED, KNOWN, Cache
 from probe.config import EmbedConfig, FitLinearConfig, PredictConfig
 from probe.embed import describe, embed
-from probe.embedding import Item, embed_shard, memory_explained
+from probe.embedding import Item, embed_shard, make_run_batch, memory_explained
 from probe.errors import ConfigError, FailedImagesError, InputError, MismatchError, OutOfMemoryError, StorageError
 from probe.images import ImageError, LoadedImage, load_image
 from probe.linear import fit_linear
 from probe.predict import predict
 from probe.sources import Example
+from probe.stages import describe_stages
 
 
 @pytest.fixture
@@ -98,6 +101,52 @@ def test_an_image_does_not_depend_on_its_place_or_company(config, image_folder: 
         shutil.copy(image_folder / os.fsdecode(name), target)
     embed(config(images=other, out=tmp_path / "second"))
     assert set(by_name(tmp_path / "second").values()) == {whole[name] for name in sorted(whole)[::3]}
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_embedding_depends_on_its_image_alone_to_the_bit(tiny_clip: Path, data: st.DataObject) -> None:
+    """Wherever it stands in a batch, and whatever stands beside it: at one shape of the batch."""
+    backbone = load_backbone(tiny_clip)
+    run_batch = make_run_batch(backbone)
+    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
+    images = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
+    order = data.draw(st.permutations(range(8)))
+    filled = data.draw(st.integers(1, 8))
+    other = np.zeros_like(images)
+    other[:filled] = images[order[:filled]]
+    for view, expected in run_batch(images).items():
+        np.testing.assert_array_equal(np.asarray(expected)[order[:filled]], np.asarray(run_batch(other)[view])[:filled])
+
+
+def test_the_stage_table(config, capsys: pytest.CaptureFixture[str]) -> None:
+    table = embed(config())["stages"]
+    assert sum(table["waited"].values()) == pytest.approx(table["seconds"], abs=0.01)
+    assert table["num_batches"] == 6
+    assert table["worked"]["decode"] > 0
+    assert "utilisation" not in table  # too short a run for it to mean anything
+    err = capsys.readouterr().err
+    assert "stage      waited s" in err
+    assert "bounds this run" in err
+    assert "stages" not in embed(config())  # nothing was left to do
+    assert capsys.readouterr().err == ""
+
+
+def test_longer_runs_tell_the_use_of_the_device(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("probe.embed._LONG_ENOUGH", 0.0)
+    summary = embed(config())
+    assert 0 < summary["stages"]["utilisation"] < 1
+    assert "float32 matrix products reach here" in describe_stages(summary["stages"])
+
+
+def test_a_copy_in_the_next_shard_waits_for_the_first(config, image_folder: Path) -> None:
+    """It is known only once the shard before is finished, which happens while the next one is being fed."""
+    names = sorted(path for path in image_folder.rglob("*.png"))
+    shutil.copy(names[15], names[15].with_name(names[15].stem + "-copy.png"))  # the first of the second shard
+    summary = embed(config())
+    assert (summary["num_images"], summary["num_computed"]) == (49, 48)
+    cache = by_name(config().out)
+    assert len(set(cache.values())) == 48
 
 
 def test_a_bad_image_is_reported_and_shifts_nothing(config, image_folder: Path) -> None:
@@ -418,6 +467,41 @@ class TestEmbedShard:
         rows = contents.facts.rows.tolist()
         assert (rows[1], rows[3]) == (FAILED, FAILED)
         assert [contents.embeddings["pooler"][row, 0] for row in rows if row >= 0] == stored
+
+    def test_the_device_has_the_next_batches_before_one_is_fetched(self) -> None:
+        """And never more than three, whatever the number of images: that is the memory they take."""
+        events: list[tuple[str, int]] = []
+
+        class Output:
+            def __init__(self, number: int) -> None:
+                self.number = number
+
+            def is_ready(self) -> bool:
+                return False
+
+            def __array__(self, dtype=None, copy=None) -> np.ndarray:
+                events.append(("fetched", self.number))
+                return np.zeros((3, 2), np.float32)
+
+        def run_batch(images: np.ndarray) -> dict:
+            number = sum(kind == "sent" for kind, _ in events)
+            events.append(("sent", number))
+            return {"pooler": Output(number)}
+
+        images = (
+            LoadedImage(
+                Item(0, Example(b"%d" % i, (), None, None, 7, 8)), bytes([i]) * 32, np.zeros((2, 2, 3), np.uint8), None
+            )
+            for i in range(31)
+        )
+        embed_shard(images, run_batch, batch_size=3, dtype="float32", is_known=lambda key: False)
+        in_flight = 0
+        for position, (kind, number) in enumerate(events):
+            in_flight += 1 if kind == "sent" else -1
+            assert 0 <= in_flight <= 3
+            if kind == "fetched" and number < 9:
+                assert ("sent", number + 2) in events[:position]
+        assert [number for kind, number in events if kind == "fetched"] == list(range(11))
 
     def test_nothing_new_is_an_empty_shard(self) -> None:
         contents = self.shard([5, 5], known=(5,))

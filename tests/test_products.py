@@ -64,7 +64,9 @@ def test_the_device_multiplies_operands_of_one_type(dtype, operand):
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 5, 8), (8, 8), (2, 5, 8))]
     program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).as_text()
-    types = re.findall(r"dot_general.*: \(tensor<[0-9x]*(\w+)>, tensor<[0-9x]*(\w+)>\) -> tensor<[0-9x]*(\w+)>", program)
+    types = re.findall(
+        r"dot_general.*: \(tensor<[0-9x]*(\w+)>, tensor<[0-9x]*(\w+)>\) -> tensor<[0-9x]*(\w+)>", program
+    )
     assert types == [(operand, operand, "f32")] * 6  # two products, each with two of its own on the way back
 
 

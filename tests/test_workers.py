@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probe.images import ImageError, ImageLoader, LoadedImage, Preprocessing, load_image, load_images
+from probe.images import ImageError, ImageLoader, LoadedImage, Preprocessing, load_image, load_images, workers
 from tests.bad_images import PICTURE, cases, encode
 from tests.test_images import check_outcome
 
@@ -84,6 +85,38 @@ def test_what_is_yielded_does_not_depend_on_scheduling(outcomes: list[str], ahea
         assert image.key == hashlib.sha256(content[outcome]).digest()
         assert (image.pixels is not None) == (outcome == "good")
         assert (image.failure is not None) == (outcome == "bad")
+
+
+@given(seed=st.integers(0, 99), num_workers=st.integers(1, 4), ahead=st.integers(1, 20))
+@settings(max_examples=4, deadline=None)
+def test_the_order_holds_under_random_delays(seed: int, num_workers: int, ahead: int) -> None:
+    """Images of 20 to 400 pixels, and workers that wait at random between reading and decoding."""
+    rng = random.Random(seed)
+    contents = [encode(PICTURE.resize((rng.choice([20, 400]), 30)), "PNG") for _ in range(30)]
+
+    def delay(key: bytes) -> bool:
+        time.sleep(rng.choice([0, 0, 0.02]))
+        return False
+
+    images = load(contents, skip_keys=delay, num_workers=num_workers, ahead=ahead)
+    assert [image.example for image in images] == list(range(30))
+    assert [image.key for image in images] == [hashlib.sha256(content).digest() for content in contents]
+    assert all(image.decode_s > 0 and image.read_s > 0 for image in images)
+
+
+def test_bytes_that_wait_for_a_worker_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_AHEAD_BYTES", 3 * len(PNG))
+    taken = 0
+
+    def items() -> Iterator[tuple[int, bytes]]:
+        nonlocal taken
+        for index in range(40):
+            taken += 1
+            yield index, PNG
+
+    for done, image in enumerate(load_images(items(), SMALL, num_workers=2, ahead=64)):
+        assert image.example == done
+        assert taken <= done + 1 + 3
 
 
 def test_a_key_accepted_meanwhile_is_skipped() -> None:

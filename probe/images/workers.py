@@ -6,7 +6,8 @@ reads a file or gets its bytes, hashes them, decodes, and answers; it imports nu
 dies or hangs is replaced: a death is tried once more, then the image has failed; a hang is not tried again.
 
     request   flags u8, size u32, then a path or the bytes of an image
-    reply     status u8, SHA-256 [32], size i64, mtime_ns i64, payload size u32, then pixels or a JSON text
+    reply     status u8, SHA-256 [32], size i64, mtime_ns i64, seconds of reading and of decoding f64,
+              payload size u32, then pixels or a JSON text
     asking    the first reply is the key alone; one byte back says whether to go on to a second reply
 
 A worker dies with its parent: at the end of its standard input or, stuck inside a decoder, by an alarm.
@@ -41,7 +42,7 @@ from probe.images.preprocessing import Preprocessing, load_image
 T = TypeVar("T")
 
 _REQUEST = struct.Struct("<BI")
-_REPLY = struct.Struct("<B32sqqI")
+_REPLY = struct.Struct("<B32sqqddI")
 _SETTINGS = struct.Struct("<I")
 _IS_PATH, _ASK = 1, 2
 _PIXELS, _FAILED, _UNREAD, _KEY = range(4)
@@ -49,6 +50,7 @@ _PIXELS, _FAILED, _UNREAD, _KEY = range(4)
 _BOOT = "import sys; sys.path[:] = sys.argv[1:]; from probe.images.workers import serve; serve()"
 _START_SECONDS = 120.0  # to import numpy and Pillow, from a slow network disk too
 _ALARM_GRACE = 5.0  # seconds after the parent's own limit, should there be no parent any more
+_AHEAD_BYTES = 256 << 20  # of images given as bytes that wait for a worker
 _ASK_MEMORY = 16  # images decoded since the last skipped one, after which workers no longer ask first
 
 
@@ -62,6 +64,8 @@ class LoadedImage(Generic[T]):
     failure: ImageError | None
     size: int = 0  # bytes that were hashed
     mtime_ns: int = 0  # of the file that was hashed; 0 if bytes were given
+    read_s: float = 0.0  # that a worker took to read and hash it
+    decode_s: float = 0.0  # that it took to decode, resize and crop it
 
 
 def load_images(
@@ -123,13 +127,23 @@ class ImageLoader:
         self, items: Iterable[tuple[T, bytes | Path | ImageError]], *, ahead: int = 64
     ) -> Iterator[LoadedImage[T]]:
         """As `load_images`, with these processes."""
-        pending: collections.deque[concurrent.futures.Future[LoadedImage[T]]] = collections.deque()
+        pending: collections.deque[tuple[concurrent.futures.Future[LoadedImage[T]], int]] = collections.deque()
+        ahead, held = max(ahead, 4 * self._num_workers), 0  # images, and bytes of those that were given as bytes
+
+        def next_image() -> LoadedImage[T]:
+            nonlocal held
+            future, num_bytes = pending.popleft()
+            held -= num_bytes
+            return self._settle(future.result())
+
         for example, content in items:
-            pending.append(self._pool.submit(example, content))
-            if len(pending) > max(ahead, 4 * self._num_workers):
-                yield self._settle(pending.popleft().result())
+            num_bytes = len(content) if isinstance(content, bytes) else 0
+            held += num_bytes
+            pending.append((self._pool.submit(example, content), num_bytes))
+            while len(pending) > ahead or held > _AHEAD_BYTES:
+                yield next_image()
         while pending:
-            yield self._settle(pending.popleft().result())
+            yield next_image()
 
     def _settle(self, image: LoadedImage[T]) -> LoadedImage[T]:
         if image.key is not None and self._skip_keys(image.key):
@@ -199,24 +213,24 @@ class _Pool:
             flags |= _ASK
         worker.send(_REQUEST.pack(flags, len(payload)), deadline)
         worker.send(payload, deadline)
-        status, key, size, mtime_ns, length = worker.receive_struct(_REPLY, deadline)
+        status, key, *facts, length = worker.receive_struct(_REPLY, deadline)
         if status == _KEY:
             skip = self._skip_keys(key)
             worker.send(bytes([not skip]), deadline)
             self._since_skip = 0 if skip else self._since_skip + 1
             if skip:
-                return LoadedImage(example, key, None, None, size, mtime_ns)
-            status, key, size, mtime_ns, length = worker.receive_struct(_REPLY, deadline)
+                return LoadedImage(example, key, None, None, *facts)
+            status, key, *facts, length = worker.receive_struct(_REPLY, deadline)
         elif status == _PIXELS and self._skip_keys(key):
             self._since_skip = 0  # that decode was for nothing: ask again for a while
         if status == _PIXELS:
             pixels = np.empty(self._shape, np.uint8)
             worker.receive_into(pixels.data.cast("B"), deadline)
-            return LoadedImage(example, key, pixels, None, size, mtime_ns)
+            return LoadedImage(example, key, pixels, None, *facts)
         text = bytearray(length)
         worker.receive_into(memoryview(text), deadline)
         failure = ImageError(*json.loads(text))
-        return LoadedImage(example, key if status == _FAILED else None, None, failure, size, mtime_ns)
+        return LoadedImage(example, key if status == _FAILED else None, None, failure, *facts)
 
     def _worker(self) -> "_Worker":
         """This thread's worker, started where there is none.
@@ -340,7 +354,7 @@ def serve() -> None:
     for descriptor in (0, 1, 2):  # whatever a decoder prints, it neither reaches the pipe nor the screen
         os.dup2(nowhere, descriptor)
 
-    def reply(status: int, key: bytes, facts: tuple[int, int], payload: bytes | memoryview = b"") -> None:
+    def reply(status: int, key: bytes, facts: tuple[float, ...], payload: bytes | memoryview = b"") -> None:
         replies.write(_REPLY.pack(status, key, *facts, len(payload)))
         replies.write(payload)
         replies.flush()
@@ -351,14 +365,16 @@ def serve() -> None:
         flags, length = _REQUEST.unpack(header)
         content = requests.read(length)
         signal.setitimer(signal.ITIMER_REAL, timeout_s + _ALARM_GRACE)
-        key, status, facts = bytes(32), _UNREAD, (0, 0)
+        key, status, size, mtime_ns, started, read_s = bytes(32), _UNREAD, 0, 0, time.perf_counter(), 0.0
         try:
             data, mtime_ns = read_image_file(content) if flags & _IS_PATH else (content, 0)
-            key, status, facts = hashlib.sha256(data).digest(), _FAILED, (len(data), mtime_ns)
+            key, status, size = hashlib.sha256(data).digest(), _FAILED, len(data)
+            read_s = time.perf_counter() - started
             if flags & _ASK:
-                reply(_KEY, key, facts)
+                reply(_KEY, key, (size, mtime_ns, read_s, 0.0))
                 if requests.read(1) != b"\1":
                     continue
+            started = time.perf_counter()
             pixels = load_image(data, preprocessing, max_pixels=max_pixels)
         except ImageError as err:
             payload: bytes | memoryview = json.dumps([err.reason, str(err)]).encode()
@@ -367,4 +383,5 @@ def serve() -> None:
         else:
             status, payload = _PIXELS, pixels.data.cast("B")
         signal.setitimer(signal.ITIMER_REAL, 0)
-        reply(status, key, facts, payload)
+        last_s = time.perf_counter() - started
+        reply(status, key, (size, mtime_ns, *((last_s, 0.0) if status == _UNREAD else (read_s, last_s))), payload)
