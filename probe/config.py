@@ -383,6 +383,8 @@ class FinetuneConfig:
     """With several devices: divide weights and optimizer state over them instead of copying them."""
     checkpoint_every: int = 500
     """Steps between checkpoints, besides those after each epoch; 0: none at all."""
+    tensorboard: Path | None = None
+    """Folder to write TensorBoard's event files to, epoch by epoch (needs the extra tensorboard)."""
     resume: Flag = False
     """Go on with a run that was cut off, to the bit."""
     val_fraction: float = 0.2

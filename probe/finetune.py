@@ -30,6 +30,7 @@ from probe.splits import Splits, resolve_splits
 from probe.training import optim, train, verdict
 from probe.training.augment import AugmentConfig
 from probe.training.decoded import ImageRows
+from probe.training.events import import_tensorboardx
 from probe.training.full import backbone_variables, classifier_variables
 from probe.training.prefix import blocks_to_cache
 from probe.training.rates import RateOptions, make_rules
@@ -49,6 +50,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     bundle.require_free(config.out, overwrite=config.overwrite)
     require_no_checkpoints(config)
+    if config.tensorboard is not None:
+        import_tensorboardx()
     options_of(config, AugmentConfig)
     source = open_source(config.images)
     check_labels(source)

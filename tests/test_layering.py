@@ -9,7 +9,12 @@ PACKAGE = Path(__file__).parents[1] / "probe"
 VERBS = {
     f"probe.{verb}" for verb in ("cache_tools", "cli", "compare", "embed", "exchange", "finetune", "linear", "predict")
 }
-ONLY_IMPORTERS = {"h5py": "probe.cache", "tyro": "probe.cli probe.config", "orbax": "probe.training.checkpoints"}
+ONLY_IMPORTERS = {
+    "h5py": "probe.cache",
+    "tyro": "probe.cli probe.config",
+    "orbax": "probe.training.checkpoints",
+    "tensorboardX": "probe.training.events",
+}
 
 
 def module_name(path: Path) -> str:

@@ -26,6 +26,7 @@ from probe.splits import Splits
 from probe.training import optim, sharding, steps, train, verdict
 from probe.training.augment import AugmentConfig
 from probe.training.decoded import ImageRows
+from probe.training.events import EventFile
 from probe.training.full import classifier_variables, make_apply_fn, make_prepare
 from probe.training.prefix import FrozenPrefix, num_views
 from probe.training.steps import ApplyFn
@@ -106,7 +107,14 @@ class Tuning:
             momentum=config.momentum if config.optimizer == "sgd" else None,
             clip_norm=config.clip_norm,
         )
-        with Progress("training", total=config.epochs * len(rows.train), unit="images") as progress:
+        with (
+            EventFile(config.tensorboard) as events,
+            Progress("training", total=config.epochs * len(rows.train), unit="images") as progress,
+        ):
+
+            def on_epoch(line: train.Epoch) -> None:
+                _print_epoch(line)
+                events.write(line)
 
             def train_batches(epoch: int) -> Iterator[steps.Batch]:
                 order = rows.train[steps.shuffled(len(rows.train), seed=config.seed, epoch=epoch)]
@@ -133,7 +141,7 @@ class Tuning:
                 place=self._placement.place,
                 place_batch=self._placement.place_batch,
                 checkpointing=self._checkpointing(),
-                on_epoch=_print_epoch,
+                on_epoch=on_epoch,
             )
         return self._result
 
@@ -226,6 +234,7 @@ class Tuning:
             "images",
             "cache",
             "cache_prefix",
+            "tensorboard",
             "keep",
             "bundle_backbone",
         )

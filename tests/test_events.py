@@ -1,0 +1,105 @@
+"""TensorBoard's event files, read back record by record, as TensorBoard does."""
+
+import dataclasses
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from probe.config import FinetuneConfig
+from probe.errors import StorageError
+from probe.finetune import finetune
+from probe.training.events import EventFile
+from probe.training.train import Epoch
+
+pytest.importorskip("tensorboardX", reason="the extra tensorboard is not installed")
+
+
+def crc32c(data):
+    """Castagnoli's CRC, bit by bit, as TFRecord masks it."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+    value ^= 0xFFFFFFFF
+    return (((value >> 15) | (value << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read_events(path):
+    """{tag: {step: value}} of an event file, every record checked against its sums."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, at, figures, first = path.read_bytes(), 0, {}, True
+    while at < len(data):
+        (size,) = struct.unpack_from("<Q", data, at)
+        (size_sum,) = struct.unpack_from("<I", data, at + 8)
+        content = data[at + 12 : at + 12 + size]
+        (content_sum,) = struct.unpack_from("<I", data, at + 12 + size)
+        assert size_sum == crc32c(data[at : at + 8])
+        assert content_sum == crc32c(content)
+        event = Event.FromString(content)
+        if first:
+            assert event.file_version == "brain.Event:2"
+            first = False
+        for value in event.summary.value:
+            figures.setdefault(value.tag, {})[event.step] = value.simple_value
+        at += 16 + size
+    return figures
+
+
+def test_each_epoch_is_on_the_disk_when_it_is_written(tmp_path):
+    lines = [Epoch(epoch, 10 * epoch, 0.5 / epoch, 0.75, 0.25, 0.5 + epoch / 10, 1.0) for epoch in (1, 2)]
+    with EventFile(tmp_path / "new" / "folder") as events:
+        for count, line in enumerate(lines, 1):
+            events.write(line)
+            (path,) = (tmp_path / "new" / "folder").iterdir()
+            assert len(read_events(path)["loss/train"]) == count
+    figures = read_events(path)
+    assert figures["loss/train"] == {10: 0.5, 20: 0.25}
+    assert figures["loss/validation"] == {10: 0.25, 20: 0.25}
+    assert figures["accuracy/train"] == {10: 0.75, 20: 0.75}
+    assert figures["accuracy/validation"] == {10: pytest.approx(0.6), 20: pytest.approx(0.7)}
+    assert figures["seconds"] == {10: 1.0, 20: 1.0}
+    with EventFile(tmp_path / "new" / "folder") as again:  # a run that goes on, within the same second
+        again.write(dataclasses.replace(lines[1], step=30))
+    assert len(list((tmp_path / "new" / "folder").iterdir())) == 2
+
+
+def test_a_run_writes_what_its_history_says(image_folder, tiny_clip, tmp_path):
+    config = FinetuneConfig(
+        images=image_folder,
+        backbone=str(tiny_clip),
+        out=tmp_path / "run",
+        init="zeros",
+        backbone_lr=0.0,
+        epochs=2,
+        checkpoint_every=0,
+        num_workers=1,
+        tensorboard=tmp_path / "events",
+    )
+    history = finetune(config)["history"]
+    (path,) = (tmp_path / "events").iterdir()
+    figures = read_events(path)
+    for tag, field in (("loss/train", "train_loss"), ("accuracy/validation", "val_accuracy")):
+        assert figures[tag] == {line["step"]: pytest.approx(line[field], rel=1e-6) for line in history}
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/events: cannot write TensorBoard's events: Not a directory"):
+        EventFile(tmp_path / "file" / "events")
+
+
+def test_without_the_package_it_says_what_to_install(image_folder, tmp_path):
+    code = f"""
+import sys
+sys.modules["tensorboardX"] = None  # as if it were not installed
+from probe.cli import main
+sys.exit(main(["finetune", {str(image_folder)!r}, "--backbone", "b", "--out", "o", "--tensorboard", "t"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == ("probe: error: --tensorboard needs one more package: pip install 'probe-jax[tensorboard]'\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
