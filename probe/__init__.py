@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds the two lists together
     from probe.backbones import Backbone as Backbone
+    from probe.backbones import TextEncoder as TextEncoder
     from probe.backbones import load_backbone as load_backbone
+    from probe.backbones import load_text_encoder as load_text_encoder
     from probe.backbones import normalize_pixels as normalize_pixels
     from probe.backbones import save_backbone as save_backbone
     from probe.bundle import load as load_run
@@ -40,11 +42,13 @@ _HOMES = {
     "FitLinearConfig": ("probe.config", "FitLinearConfig"),
     "PredictConfig": ("probe.config", "PredictConfig"),
     "ProbeError": ("probe.errors", "ProbeError"),
+    "TextEncoder": ("probe.backbones", "TextEncoder"),
     "compare_runs": ("probe.compare", "compare"),
     "embed_images": ("probe.embed", "embed"),
     "finetune_images": ("probe.finetune", "finetune"),
     "fit_linear": ("probe.linear", "fit_linear"),
     "load_backbone": ("probe.backbones", "load_backbone"),
+    "load_text_encoder": ("probe.backbones", "load_text_encoder"),
     "load_run": ("probe.bundle", "load"),
     "normalize_pixels": ("probe.backbones", "normalize_pixels"),
     "partition": ("probe.training.optim", "partition"),

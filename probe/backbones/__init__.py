@@ -1,9 +1,11 @@
-"""Backbones: the Flax towers, and their weights and preprocessing from published checkpoints."""
+"""Backbones: the Flax towers, for images and texts, with weights and preprocessing from published checkpoints."""
 
 from probe.backbones.backbone import Backbone, build_tower, normalize_pixels
 from probe.backbones.checkpoint import load_backbone, save_backbone
 from probe.backbones.embedding import make_embed_fn
 from probe.backbones.resnet import ResNet, ResNetConfig
+from probe.backbones.text import TextConfig, TextTower
+from probe.backbones.text_encoder import TextEncoder, load_text_encoder
 from probe.backbones.tower import TowerOutput
 from probe.backbones.vit import VisionTower, ViTConfig
 
@@ -11,11 +13,15 @@ __all__ = [
     "Backbone",
     "ResNet",
     "ResNetConfig",
+    "TextConfig",
+    "TextEncoder",
+    "TextTower",
     "TowerOutput",
     "ViTConfig",
     "VisionTower",
     "build_tower",
     "load_backbone",
+    "load_text_encoder",
     "make_embed_fn",
     "normalize_pixels",
     "save_backbone",

@@ -33,10 +33,12 @@ from probe.errors import InputError
 from probe.images import Preprocessing
 from probe.storage import atomic_folder
 
-_CONFIG, _PREPROCESSOR, _PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
+CONFIG, _PREPROCESSOR, _PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
 _SAFETENSORS, _INDEX, _MSGPACK = "model.safetensors", "model.safetensors.index.json", "flax_model.msgpack"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WITH_PROJECTION = {"CLIPModel", "CLIPVisionModelWithProjection"}
+_MODELS = Path(__file__).parents[1] / "models"
+BUNDLED = ("probe-tiny",)  # what this package carries itself, in probe/models
 _AGAIN = "Copy or download it again."
 
 
@@ -44,34 +46,48 @@ def load_backbone(name_or_path: str | os.PathLike[str], *, revision: str | None 
     """Loads a pretrained tower with its preprocessing.
 
     Args:
-      name_or_path: a folder in Hugging Face layout, or a hub id (owner/name, optionally owner/name@revision).
+      name_or_path: a folder in Hugging Face layout, a hub id (owner/name, optionally owner/name@revision), or
+        "probe-tiny", the small CLIP that this package carries.
       revision: of a hub id: branch, tag or commit hash (default: the main branch).
     Returns: the backbone, float32; for a hub id its `revision` is the commit that was loaded.
     Raises: InputError if it is not there, not of a kind that is known here, damaged, or if its weights do not
       fit its config (all that is wrong listed at once).
     """
-    name = os.fspath(name_or_path)
-    folder, commit = Path(name).expanduser(), None
-    if name and folder.is_dir():
-        if revision is not None:
-            raise InputError(f"{name}: a folder has no revisions, but revision {revision!r} was asked for")
-        name = str(folder.resolve())
-    else:
-        name, revision = _hub_id(name, revision)
-        folder, commit = fetch(name, revision)
-    raw_config = _read_json(folder / _CONFIG, "it is not a checkpoint in Hugging Face layout")
+    name, folder, commit = locate(name_or_path, revision)
+    raw_config = read_json(folder / CONFIG, "it is not a checkpoint in Hugging Face layout")
     preprocessing = _read_preprocessing(folder)
-    arrays = _read_weights(folder)
+    arrays = read_weights(folder)
     try:
         config = parse_config(raw_config, arrays)
     except InputError as err:
-        raise InputError(f"{folder / _CONFIG}: {err}") from err
+        raise InputError(f"{folder / CONFIG}: {err}") from err
     _check_input(folder, config, preprocessing)
     try:
         variables = variables_from(arrays, config)
     except InputError as err:
         raise InputError(f"{folder}: {err}") from err
     return Backbone(name, commit, config, variables, preprocessing)
+
+
+def locate(
+    name_or_path: str | os.PathLike[str], revision: str | None, *, with_tokenizer: bool = False
+) -> tuple[str, Path, str | None]:
+    """Finds a checkpoint: a folder, a bundled model or a hub id, which is downloaded where it must be.
+
+    Returns: the name to know it by, its folder, and of a hub id the commit.
+    Raises: InputError as `load_backbone`.
+    """
+    name = os.fspath(name_or_path)
+    folder = Path(name).expanduser()
+    is_folder = bool(name) and folder.is_dir()
+    if is_folder or name in BUNDLED:
+        if revision is not None:
+            kind = "a folder" if is_folder else "a bundled model"
+            raise InputError(f"{name}: {kind} has no revisions, but revision {revision!r} was asked for")
+        return (str(folder.resolve()), folder, None) if is_folder else (name, _MODELS / name, None)
+    name, revision = _hub_id(name, revision)
+    folder, commit = fetch(name, revision, with_tokenizer=with_tokenizer)
+    return name, folder, commit
 
 
 def save_backbone(backbone: Backbone, folder: Path) -> None:
@@ -91,7 +107,7 @@ def save_backbone(backbone: Backbone, folder: Path) -> None:
         kind = {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model"}
     arrays = arrays_from(backbone.variables, backbone.config)
     contents = {
-        _CONFIG: _json_bytes({**kind, "dtype": "float32", **fields}),
+        CONFIG: _json_bytes({**kind, "dtype": "float32", **fields}),
         _PREPROCESSOR: _json_bytes(backbone.preprocessing.to_config()),
         _SAFETENSORS: safetensors.numpy.save(arrays, metadata={"format": "pt"}),  # transformers asks for it
     }
@@ -110,7 +126,7 @@ def parse_config(raw: Mapping[str, Any], array_names: Iterable[str]) -> Config:
     """
     kind = raw.get("model_type")
     if kind == "resnet":
-        return ResNetConfig(**_known_fields(ResNetConfig, raw))
+        return ResNetConfig(**known_fields(ResNetConfig, raw))
     if kind not in ("clip", "clip_vision_model"):
         raise InputError(f"model_type is {kind!r}; only clip, clip_vision_model and resnet are known here")
     # In old checkpoints vision_config_dict is there too, and transformers lets it win.
@@ -118,7 +134,7 @@ def parse_config(raw: Mapping[str, Any], array_names: Iterable[str]) -> Config:
     vision = raw.get("vision_config_dict") or raw.get("vision_config") or flat
     if not isinstance(vision, Mapping):
         raise InputError(f"vision_config must be an object, got {vision!r}")
-    fields = _known_fields(ViTConfig, vision)
+    fields = known_fields(ViTConfig, vision)
     architectures = set(raw.get("architectures") or ())
     if not architectures & _WITH_PROJECTION and not has_projection(array_names):
         fields["projection_dim"] = None
@@ -127,18 +143,19 @@ def parse_config(raw: Mapping[str, Any], array_names: Iterable[str]) -> Config:
     return ViTConfig(**fields)
 
 
-def _known_fields(cls: type[ViTConfig] | type[ResNetConfig], raw: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(cls: type[Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields of a config that the dataclass `cls` has too, ready to make one."""
     fields = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _check_input(folder: Path, config: Config, preprocessing: Preprocessing) -> None:
     if config.num_channels != 3:
-        raise InputError(f"{folder / _CONFIG}: num_channels is {config.num_channels}, but images have 3 (RGB)")
+        raise InputError(f"{folder / CONFIG}: num_channels is {config.num_channels}, but images have 3 (RGB)")
     if isinstance(config, ViTConfig) and preprocessing.image_size != (config.image_size, config.image_size):
         height, width = preprocessing.image_size
         raise InputError(
-            f"{folder}: {_PREPROCESSOR} makes images of {height} x {width} (H x W), but {_CONFIG} has "
+            f"{folder}: {_PREPROCESSOR} makes images of {height} x {width} (H x W), but {CONFIG} has "
             f"image_size {config.image_size}, the only size the tower has positions for. Mend one of them."
         )
 
@@ -146,14 +163,14 @@ def _check_input(folder: Path, config: Config, preprocessing: Preprocessing) -> 
 def _read_preprocessing(folder: Path) -> Preprocessing:
     path = folder / _PREPROCESSOR
     if path.exists() or not (folder / _PROCESSOR).exists():
-        raw = _read_json(
+        raw = read_json(
             path,
             "without it nothing says how pictures are to be resized and normalised. Copy it from the model "
             "that this one was made from",
         )
     else:  # transformers 5 saves a whole CLIPProcessor in one file
         path = folder / _PROCESSOR
-        raw = _read_json(path).get("image_processor", {})
+        raw = read_json(path).get("image_processor", {})
         if not isinstance(raw, dict) or not raw:
             raise InputError(f"{path}: has no image_processor, and there is no {_PREPROCESSOR}")
     try:
@@ -191,7 +208,7 @@ class _SafetensorsFiles(Mapping[str, np.ndarray]):
         return len(self._files)
 
 
-def _read_weights(folder: Path) -> Mapping[str, np.ndarray]:
+def read_weights(folder: Path) -> Mapping[str, np.ndarray]:
     """The arrays of the first kind of weights that there is. Raises: InputError if none can be trusted."""
     if (folder / _SAFETENSORS).exists():
         return _SafetensorsFiles([folder / _SAFETENSORS])
@@ -212,7 +229,7 @@ def _read_weights(folder: Path) -> Mapping[str, np.ndarray]:
 
 def _read_shards(folder: Path) -> Mapping[str, np.ndarray]:
     index = folder / _INDEX
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map from arrays to files")
     names = sorted({str(name) for name in weight_map.values()})
@@ -241,7 +258,7 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: damaged, or not a Flax checkpoint: {err!r}. {_AGAIN}") from err
 
 
-def _read_json(path: Path, without_it: str = "it is needed") -> dict[str, Any]:
+def read_json(path: Path, without_it: str = "it is needed") -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -257,7 +274,7 @@ def _hub_id(name: str, revision: str | None) -> tuple[str, str | None]:
     """Splits owner/name@revision. Raises: InputError for what can only mean a folder that is not there."""
     repo_id, _, own_revision = name.partition("@")
     if Path(name).expanduser().is_file():
-        raise InputError(f"{name}: is a file; give the folder that holds {_CONFIG} and the weights")
+        raise InputError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo_id, re.ASCII):
         raise InputError(f"{name}: no such folder, and not a hub id either (owner/name, owner/name@revision)")
     if own_revision and revision and own_revision != revision:

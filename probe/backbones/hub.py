@@ -8,14 +8,16 @@ from probe.errors import InputError
 _CONFIGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
 _SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 _MSGPACK = ["flax_model.msgpack"]
+_TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
 
 
-def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
+def fetch(repo_id: str, revision: str | None, *, with_tokenizer: bool = False) -> tuple[Path, str]:
     """Brings a checkpoint's config, preprocessing and weights into the local hub cache, where not there yet.
 
     Args:
       repo_id: owner/name.
       revision: branch, tag or commit hash (default: the main branch).
+      with_tokenizer: bring the files of its tokenizer too.
     Returns: the folder in the cache, and the hash of the commit that it holds.
     Raises: InputError naming the id: unknown, private, offline and not in the cache, or without weights that
       can be read safely.
@@ -25,11 +27,12 @@ def fetch(repo_id: str, revision: str | None) -> tuple[Path, str]:
     def download(revision: str | None, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
 
+    configs = _CONFIGS + (_TOKENIZER if with_tokenizer else [])
     try:
-        folder = download(revision, _CONFIGS + _SAFETENSORS)
+        folder = download(revision, configs + _SAFETENSORS)
         commit = folder.name
         if not _has(folder, _SAFETENSORS):
-            folder = download(commit, _CONFIGS + _MSGPACK)
+            folder = download(commit, configs + _MSGPACK)
     except Exception as err:  # of the client and the network libraries below it: they have no common ground
         raise InputError(f"{repo_id}: {_explain(err, revision, huggingface_hub)}") from err
     if not _has(folder, _SAFETENSORS + _MSGPACK):

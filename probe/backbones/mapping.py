@@ -12,19 +12,24 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from probe.backbones.backbone import Config, build_tower
+from probe.backbones.text import TextConfig, TextTower
 from probe.backbones.vit import ViTConfig
 from probe.errors import InputError
+
+AnyConfig = Config | TextConfig
 
 _MODULES = {"pre_layernorm": "pre_layrnorm"}  # sic: the published name is misspelt
 # our leaf: its name in PyTorch's layout, its name in Flax's layout
 _LEAVES = {
     "kernel": ("weight", "kernel"),
+    "embedding": ("weight", "embedding"),
     "scale": ("weight", "scale"),
     "bias": ("bias", "bias"),
     "mean": ("running_mean", "mean"),
@@ -35,12 +40,24 @@ _LEAVES = {
 # our axes from PyTorch's, by rank: a dense layer's [out, in], a convolution's [out, in, height, width]
 _KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
 
-# What a checkpoint holds besides the tower: CLIP's text side, a classifier trained for other classes, and
+# What a checkpoint holds besides the tower: CLIP's other side, a classifier trained for other classes, and
 # buffers that can be recomputed or are never read.
 _LEFT_BEHIND = re.compile(
     r"text_model\..*|text_projection\..*|logit_scale|classifier\..*|(.*\.)?position_ids|.*\.num_batches_tracked"
 )
+_LEFT_BEHIND_BY_TEXT = re.compile(r"vision_model\..*|visual_projection\..*|logit_scale|(.*\.)?position_ids")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def _tower(config: AnyConfig) -> nn.Module:
+    return TextTower(config) if isinstance(config, TextConfig) else build_tower(config)
+
+
+def _any_input(config: AnyConfig) -> jax.Array:
+    if isinstance(config, TextConfig):
+        return jnp.zeros((1, 1), jnp.int32)
+    size = config.image_size if isinstance(config, ViTConfig) else 32  # a ResNet's weights fit any size
+    return jnp.zeros((1, size, size, config.num_channels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +77,9 @@ class Row:
 
 
 @functools.lru_cache(maxsize=8)
-def mapping_table(config: Config) -> tuple[Row, ...]:
+def mapping_table(config: AnyConfig) -> tuple[Row, ...]:
     """The table of a tower: a row for each of its variables, sorted by path."""
-    size = config.image_size if isinstance(config, ViTConfig) else 32  # a ResNet's weights fit any size
-    init = functools.partial(build_tower(config).init, jax.random.key(0))
-    variables = jax.eval_shape(lambda: init(jnp.zeros((1, size, size, config.num_channels))))
+    variables = jax.eval_shape(lambda: _tower(config).init(jax.random.key(0), _any_input(config)))
     rows = []
     for path, leaf in sorted(flatten_dict(variables).items()):
         module = source_module(config, path[1:-1])
@@ -75,22 +90,24 @@ def mapping_table(config: Config) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def source_module(config: Config, modules: tuple[str, ...]) -> str:
+def source_module(config: AnyConfig, modules: tuple[str, ...]) -> str:
     """The dotted name of one of our modules in a checkpoint, as CLIPModel and ResNetModel save it."""
     names = [re.sub(r"_(\d+)$", r".\1", _MODULES.get(name, name)) for name in modules]
     if isinstance(config, ViTConfig) and modules[0] != "visual_projection":
         names.insert(0, "vision_model")
+    elif isinstance(config, TextConfig) and modules[0] != "text_projection":
+        names.insert(0, "text_model")
     elif modules[0] == "embedder":  # the stem's convolution stands in an embedder within the embedder
         names.insert(0, "embedder")
     return ".".join(names)
 
 
-def has_projection(names: Iterable[str]) -> bool:
-    """Whether a checkpoint with arrays of these names holds CLIP's projection of images."""
-    return any(re.fullmatch(r"(params\.)?visual_projection\.(weight|kernel)", name) for name in names)
+def has_projection(names: Iterable[str], module: str = "visual_projection") -> bool:
+    """Whether a checkpoint with arrays of these names holds CLIP's projection of images (or "text_projection")."""
+    return any(re.fullmatch(rf"(params\.)?{module}\.(weight|kernel)", name) for name in names)
 
 
-def variables_from(arrays: Mapping[str, np.ndarray], config: Config) -> dict[str, Any]:
+def variables_from(arrays: Mapping[str, np.ndarray], config: AnyConfig) -> dict[str, Any]:
     """A tower's variables from a checkpoint's arrays, in either layout.
 
     Args:
@@ -101,6 +118,7 @@ def variables_from(arrays: Mapping[str, np.ndarray], config: Config) -> dict[str
       shape, not floating point, or not finite.
     """
     is_flax = any(name.endswith(".kernel") for name in arrays)
+    left_behind = _LEFT_BEHIND_BY_TEXT if isinstance(config, TextConfig) else _LEFT_BEHIND
     wanted = {(row.flax_name if is_flax else row.torch_name): row for row in mapping_table(config)}
     found: dict[str, str] = {}  # name in the table: name in the checkpoint
     unexpected = []
@@ -108,7 +126,7 @@ def variables_from(arrays: Mapping[str, np.ndarray], config: Config) -> dict[str
         canonical = _canonical_name(name, config)
         if canonical in wanted and canonical not in found:
             found[canonical] = name
-        elif not _LEFT_BEHIND.fullmatch(canonical):
+        elif not left_behind.fullmatch(canonical):
             unexpected.append(name)
     missing = wanted.keys() - found.keys()
     problems = [f"missing: {', '.join(sorted(missing))}"] if missing else []
@@ -135,7 +153,7 @@ def variables_from(arrays: Mapping[str, np.ndarray], config: Config) -> dict[str
     return dict(unflatten_dict(variables))
 
 
-def arrays_from(variables: Mapping[str, Any], config: Config) -> dict[str, np.ndarray]:
+def arrays_from(variables: Mapping[str, Any], config: AnyConfig) -> dict[str, np.ndarray]:
     """The inverse of `variables_from`: a checkpoint's arrays in PyTorch's layout, float32."""
     flat = flatten_dict(variables)
     table = mapping_table(config)
@@ -149,11 +167,13 @@ def arrays_from(variables: Mapping[str, Any], config: Config) -> dict[str, np.nd
     return arrays | {f"{norm}num_batches_tracked": np.zeros((), np.int64) for norm in norms}
 
 
-def _canonical_name(name: str, config: Config) -> str:
+def _canonical_name(name: str, config: AnyConfig) -> str:
     """The name as in the table, whichever of transformers' classes saved the checkpoint."""
     name = re.sub(r"^(params|batch_stats)\.", "", name)  # a Flax checkpoint with batch statistics has both
     if isinstance(config, ViTConfig):
         # a CLIPVisionModel that transformers 5 saved has no prefix
         return re.sub(r"^(?=(embeddings|pre_layrnorm|encoder|post_layernorm)\.)", "vision_model.", name)
+    if isinstance(config, TextConfig):
+        return re.sub(r"^(?=(embeddings|encoder|final_layer_norm)\.)", "text_model.", name)
     name = name.removeprefix("resnet.")  # ResNetForImageClassification
     return re.sub(r"\.layer\.layer_(\d+)\.", r".layer.\1.", name)  # basic layers of FlaxResNetModel

@@ -12,6 +12,7 @@ Sources: Radford et al. 2021 (arXiv:2103.00020); the arithmetic is that of trans
 """
 
 import dataclasses
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -114,10 +115,32 @@ class Embeddings(nn.Module):
         return jnp.concatenate([class_token, patches], axis=1) + positions
 
 
-class SelfAttention(nn.Module):
-    """Every token reads from every token."""
+class EncoderConfig(Protocol):
+    """What the encoder reads of a config, an image tower's or a text tower's."""
 
-    config: ViTConfig
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def attention_dropout(self) -> float: ...
+    @property
+    def initializer_factor(self) -> float: ...
+
+
+class SelfAttention(nn.Module):
+    """Every token reads from every token, or, where it is causal, from itself and those before it."""
+
+    config: EncoderConfig
+    is_causal: bool = False
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
@@ -134,6 +157,8 @@ class SelfAttention(nn.Module):
 
         query, key, value = project("q_proj"), project("k_proj"), project("v_proj")
         scores = jnp.einsum("bqhd,bkhd->bhqk", query * (width // heads) ** -0.5, key)
+        if self.is_causal:
+            scores = jnp.where(jnp.tri(tokens, dtype=bool), scores, -jnp.inf)
         weights = nn.Dropout(config.attention_dropout, deterministic=not train)(jax.nn.softmax(scores))
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, tokens, width)
         return nn.Dense(width, kernel_init=initializers.normal(out_std), name="out_proj")(mixed)
@@ -142,7 +167,7 @@ class SelfAttention(nn.Module):
 class Mlp(nn.Module):
     """Two dense layers, applied to each token by itself."""
 
-    config: ViTConfig
+    config: EncoderConfig
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -159,28 +184,30 @@ class Mlp(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention, then the MLP, each on the normed tokens and added to them."""
 
-    config: ViTConfig
+    config: EncoderConfig
+    is_causal: bool = False
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        normed = _layer_norm(self.config, "layer_norm1")(hidden)
-        hidden = hidden + SelfAttention(self.config, name="self_attn")(normed, train)
-        normed = _layer_norm(self.config, "layer_norm2")(hidden)
+        normed = layer_norm(self.config, "layer_norm1")(hidden)
+        hidden = hidden + SelfAttention(self.config, self.is_causal, name="self_attn")(normed, train)
+        normed = layer_norm(self.config, "layer_norm2")(hidden)
         return hidden + Mlp(self.config, name="mlp")(normed)
 
 
 class Encoder(nn.Module):
     """The layers, in order, from `first_block` on."""
 
-    config: ViTConfig
+    config: EncoderConfig
     first_block: int = 0
+    is_causal: bool = False
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         for index in range(self.first_block, self.config.num_hidden_layers):
-            hidden = EncoderLayer(self.config, name=f"layers_{index}")(hidden, train)
+            hidden = EncoderLayer(self.config, self.is_causal, name=f"layers_{index}")(hidden, train)
         return hidden
 
 
@@ -208,9 +235,9 @@ class VisionTower(nn.Module):
             if pixels.shape[1:] != expected:
                 raise ValueError(f"this tower takes images of {expected} (H, W, C), got {pixels.shape[1:]}")
             hidden = Embeddings(config, name="embeddings")(pixels)
-            hidden = _layer_norm(config, "pre_layernorm")(hidden)
+            hidden = layer_norm(config, "pre_layernorm")(hidden)
         hidden = Encoder(config, self.first_block, name="encoder")(hidden, train)
-        pooled = _layer_norm(config, "post_layernorm")(hidden[:, 0])
+        pooled = layer_norm(config, "post_layernorm")(hidden[:, 0])
         if config.projection_dim is None:
             return TowerOutput(last_hidden_state=hidden, pooler_output=pooled)
         std = config.hidden_size**-0.5 * config.initializer_factor
@@ -223,6 +250,7 @@ class VisionTower(nn.Module):
         return TowerOutput(last_hidden_state=hidden, pooler_output=pooled, projected=projection(pooled))
 
 
-def _layer_norm(config: ViTConfig, name: str) -> nn.LayerNorm:
+def layer_norm(config: EncoderConfig, name: str) -> nn.LayerNorm:
+    """A layer norm over the last axis, as the config wants it."""
     # E[x²] - E[x]², linen's fast variance, loses digits where means are large, and here it is no faster.
     return nn.LayerNorm(epsilon=config.layer_norm_eps, use_fast_variance=False, name=name)

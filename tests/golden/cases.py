@@ -86,6 +86,37 @@ CASES = (
     ),
 )
 
+TEXTS = Path(__file__).parent / "texts"
+TEXT_CASES = (
+    Case(
+        "clip-legacy",  # its config says that texts end at token 2, so the highest id ends them
+        "CLIPModel",
+        "CLIPConfig",
+        _CLIP | {"text_config": _TEXT | {"eos_token_id": 2, "pad_token_id": 0}},
+        (16, 16),
+    ),
+    Case(
+        "clip-text",
+        "CLIPTextModelWithProjection",
+        "CLIPTextConfig",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 20,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 30,
+            "max_position_embeddings": 8,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-2,
+            "projection_dim": 10,
+            "bos_token_id": 28,
+            "eos_token_id": 11,  # not the highest id
+            "pad_token_id": 11,
+        },
+        (16, 16),
+    ),
+)
+
 
 def synthetic_images() -> np.ndarray:
     """[2, 224, 224, 3] uint8: coloured squares of 16 and of 4 pixels, for towers with real weights."""
