@@ -8,6 +8,8 @@
     metrics.json          its figures
     seen.safetensors      content keys of the rows that fitted or chose: on these it must not be judged
     predictions.safetensors    what it answered to each row that may judge it (see `probe.evaluation.predictions`)
+    made.json             how it came about: command, time, machine, cache, images (see `probe.provenance`)
+    report.html           the page that shows all this; made of the rest, and vouched for by nothing
     backbone/             the weights, where they were fine-tuned or asked for; else name, revision and
                           fingerprint in classifier.json say which backbone is meant
 

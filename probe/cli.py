@@ -24,6 +24,7 @@ from tyro.constructors import (
 )
 
 from probe import config as configs
+from probe import provenance
 from probe.errors import ProbeError
 from probe.interrupt import run_interruptibly
 
@@ -41,6 +42,7 @@ _Command = (
     | Annotated[configs.FinetuneConfig, subcommand("finetune", prefix_name=False)]
     | Annotated[configs.PredictConfig, subcommand("predict", prefix_name=False)]
     | Annotated[configs.CompareConfig, subcommand("compare", prefix_name=False)]
+    | Annotated[configs.ReportConfig, subcommand("report", prefix_name=False)]
     | Annotated[_Cache, subcommand("cache", description="List, verify, join and exchange caches.", prefix_name=False)]
 )
 
@@ -91,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args=arguments,
             registry=_OPTIONAL,
         )
+        provenance.set_command(arguments)
         result, text = run_interruptibly(lambda: _run(config))
         print(json.dumps(result) if config.json else text, flush=True)
     except BrokenPipeError:  # whoever read our output has enough: `probe predict … | head`
@@ -101,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return err.exit_code
     except SystemExit as stop:  # the parser's own: 0 after --help, 2 after a usage error
         return stop.code if isinstance(stop.code, int) else 2
+    finally:
+        provenance.set_command(None)  # whoever calls from Python next was not called by this line
     return 0
 
 
@@ -110,6 +115,8 @@ def _run(config: object) -> tuple[dict[str, Any], str]:
     text = describe(result)
     if isinstance(config, configs.FitLinearConfig | configs.FinetuneConfig):
         text += f"\nsaved in {config.out}: classify with `probe predict {config.out} IMAGES`"
+        if (page := config.out / "report.html").exists():
+            text += f", look at {page}"
     return result, text
 
 
@@ -135,6 +142,10 @@ def _verb_of(config: object) -> tuple[_Verb, _Describe]:
             from probe import compare
 
             return compare.compare, compare.describe
+        case configs.ReportConfig():
+            from probe import report
+
+            return report.report, report.describe
         case configs.CacheLsConfig():
             from probe import cache_tools
 

@@ -251,6 +251,8 @@ class FitLinearConfig:
     """Keep the head that train alone gave; else train + a given validation split are fitted once λ is chosen."""
     bundle_backbone: Flag = False
     """Copy the backbone into the run folder, so that `probe predict` needs nothing else."""
+    no_report: Flag = False
+    """Do not write report.html into the run folder; `probe report` writes it later."""
     json: Flag = False
     """Print metrics.json to stdout."""
 
@@ -391,6 +393,8 @@ class FinetuneConfig:
     """Share of train held out, stratified, to choose the epoch where there is no validation split."""
     bundle_backbone: Flag = False
     """Copy the backbone into the run folder even if it was not changed."""
+    no_report: Flag = False
+    """Do not write report.html into the run folder; `probe report` writes it later."""
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable image does: be left out and reported, or end the run."""
     num_workers: IfGiven[int] = None
@@ -486,3 +490,27 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", "zero or more", self.seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write report.html of a run: how good it is, where it fails, and what to do next, in one file."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Run folder."""
+    out: IfGiven[Path] = None
+    """File to write (if not given: report.html in the run folder)."""
+    images: IfGiven[Path] = None
+    """Where the images are now, if they have moved since the run was made."""
+    cache: IfGiven[Path] = None
+    """Cache with the embeddings for the map, if it has moved, or if fine-tuning used none."""
+    map: Literal["pca", "umap"] = "pca"
+    """How embeddings are laid out in the plane; umap needs the package umap-learn."""
+    num_workers: IfGiven[int] = None
+    """Processes that decode images (if not given: one per core)."""
+    json: Flag = False
+    """Print what was written to stdout as JSON."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)

@@ -47,6 +47,7 @@ from probe.images import ImageError, LoadedImage, load_images
 from probe.machine import count_flops, matmul_rate
 from probe.progress import Progress
 from probe.sources import Columns, Example, Source, check_labels, display_name, open_source
+from probe.sources.origin import describe_origin
 from probe.stages import Stages, describe_stages
 
 _BATCH_SIZE = 32
@@ -67,10 +68,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
       another way; StorageError, CorruptError, OutOfMemoryError, Interrupted.
     """
     started = time.monotonic()
-    columns = Columns(
-        path=config.path_column, labels=config.label_column, split=config.split_column, group=config.group_column
-    )
-    source = open_source(config.images, columns=columns, image_root=config.image_root)
+    source = open_source(config.images, columns=_columns(config), image_root=config.image_root)
     if all(example.labels for example in source.examples):
         check_labels(source)
     _check_writable(config.out)
@@ -337,6 +335,7 @@ def _settle(config: EmbedConfig, backbone: Backbone) -> Manifest:
             "backbone": backbone.name,
             "backbone_revision": backbone.revision,
             "preprocessor_config": backbone.preprocessing.to_config(),
+            "source": describe_origin(config.images, _columns(config), config.image_root),
         },
         shard_rows,
     )
@@ -355,6 +354,12 @@ def _inputs(source: Source, examples: list[Example]) -> Inputs:
         mtimes_ns=(example.mtime_ns for example in examples),
         class_names=source.class_names,
         multi_label=source.multi_label,
+    )
+
+
+def _columns(config: EmbedConfig) -> Columns:
+    return Columns(
+        path=config.path_column, labels=config.label_column, split=config.split_column, group=config.group_column
     )
 
 

@@ -17,15 +17,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from probe import bundle
+from probe import bundle, provenance
 from probe.backbones import Backbone, load_backbone
 from probe.backbones.resize import resize_backbone
+from probe.cache import Cache
 from probe.config import FinetuneConfig, to_json
 from probe.errors import ConfigError, MismatchError
 from probe.evaluation import predictions
 from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import TrainedHead
+from probe.reporting.page import report_saved_run
 from probe.sources import check_labels, display_name, open_source
+from probe.sources.origin import describe_origin
 from probe.splits import Splits, resolve_splits
 from probe.training import optim, train, verdict
 from probe.training.augment import AugmentConfig
@@ -48,6 +51,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     Raises: ConfigError, InputError, MismatchError, NumericalError or Interrupted; no run folder is written then,
       but the checkpoints stay.
     """
+    made = provenance.Made()
     bundle.require_free(config.out, overwrite=config.overwrite)
     require_no_checkpoints(config)
     if config.tensorboard is not None:
@@ -121,8 +125,12 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         labels=true,
     )
     seen = seen_by_start.union(map(bytes, images.keys[np.concatenate([rows.train, rows.val])]))
-    _save(config, loaded, backbone, start, names, tuning.variables(alpha, epoch), metrics, kept, seen)
+    cache = None if config.cache is None else Cache.open(config.cache).reference
+    record = made.to_bytes(cache=cache, source=describe_origin(config.images))
+    _save(config, loaded, backbone, start, names, tuning.variables(alpha, epoch), metrics, kept, seen, record)
     tuning.end()
+    if not config.no_report:
+        report_saved_run(config.out)
     return metrics
 
 
@@ -271,6 +279,7 @@ def _save(
     metrics: dict[str, Any],
     answers: predictions.Predictions,
     seen: frozenset[bytes],
+    made: bytes,
 ) -> None:
     params, model_state = variables
     tuned = dataclasses.replace(backbone, variables=backbone_variables(params, model_state))
@@ -291,7 +300,11 @@ def _save(
         finetuned=changed,
         config=to_json(config),
         metrics=metrics,
-        files={"history.csv": _history_csv(metrics["history"]), predictions.FILE_NAME: predictions.to_bytes(answers)},
+        files={
+            "history.csv": _history_csv(metrics["history"]),
+            predictions.FILE_NAME: predictions.to_bytes(answers),
+            provenance.FILE_NAME: made,
+        },
         overwrite=config.overwrite,
     )
 

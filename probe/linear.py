@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from probe import bundle
+from probe import bundle, provenance
 from probe.cache import Cache
 from probe.config import FitLinearConfig, to_json
 from probe.errors import ConfigError, InputError
@@ -27,6 +27,7 @@ from probe.probing.protocol import Data, Fitted
 from probe.probing.reference import default_decisions
 from probe.probing.ridge import fit_ridge
 from probe.probing.scaling import Scaling
+from probe.reporting.page import report_saved_run
 from probe.splits import Splits, assign_folds, resolve_splits
 
 _NAMED = 5  # how many of many rows a message names
@@ -38,14 +39,15 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     Returns: what metrics.json holds.
     Raises: InputError for labels or embeddings that cannot be learned from, and what reading a cache raises.
     """
+    made = provenance.Made()
     bundle.require_free(config.out, overwrite=config.overwrite)
     cache = Cache.open(config.cache)
-    table, provenance = cache.table, cache.provenance
+    table, backbone = cache.table, cache.provenance
     reference = bundle.BackboneReference(
-        name=provenance["backbone"],
-        revision=provenance["backbone_revision"],
-        fingerprint=provenance["backbone_fingerprint"],
-        decode=provenance["preprocessor_config"].get("decode", "exact"),
+        name=backbone["backbone"],
+        revision=backbone["backbone_revision"],
+        fingerprint=backbone["backbone_fingerprint"],
+        decode=backbone["preprocessor_config"].get("decode", "exact"),
     )
     backbone_copy = reference.load() if config.bundle_backbone else None  # before the work: it may not be there
     embeddings: dict[str, np.ndarray] = {view: cache.embeddings(view) for view in config.views}
@@ -67,15 +69,20 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
         class_names=cache.class_names,
         view=fitted.view,
         backbone=reference,
-        preprocessor_config=provenance["preprocessor_config"],
+        preprocessor_config=backbone["preprocessor_config"],
         backbone_copy=backbone_copy,
         multi_label=data.multi_label,
         config=to_json(config),
         metrics=metrics,
         seen=_seen(table.keys, data.splits),
-        files={predictions.FILE_NAME: predictions.to_bytes(answers)},
+        files={
+            predictions.FILE_NAME: predictions.to_bytes(answers),
+            provenance.FILE_NAME: made.to_bytes(cache=cache.reference, source=cache.origin),
+        },
         overwrite=config.overwrite,
     )
+    if not config.no_report:
+        report_saved_run(config.out)
     return metrics
 
 

@@ -7,8 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "probe"
 VERBS = {
-    f"probe.{verb}" for verb in ("cache_tools", "cli", "compare", "embed", "exchange", "finetune", "linear", "predict")
-}
+    f"probe.{verb}"
+    for verb in (
+        "audit", "cache_tools", "cli", "compare", "embed", "exchange", "finetune", "linear", "predict", "report",
+    )
+}  # fmt: skip
 ONLY_IMPORTERS = {
     "h5py": "probe.cache",
     "tyro": "probe.cli probe.config",

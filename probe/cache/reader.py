@@ -114,6 +114,17 @@ class Cache:
         return {**self._manifest.names, **self._manifest.identity}
 
     @property
+    def origin(self) -> dict[str, Any] | None:
+        """Where its creator read the images, as `sources.describe_origin` says it; None if that was not recorded."""
+        origin: dict[str, Any] | None = self._manifest.names.get("source")
+        return origin
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """Which cache this is, as JSON values: path, fingerprint, and the revision of its plan."""
+        return {"path": str(self.root.absolute()), "fingerprint": self.fingerprint, "plan": self.plan.id}
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """The classes, in the order of the labels' codes."""
         return self.plan.inputs.class_names

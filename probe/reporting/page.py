@@ -1,0 +1,342 @@
+"""`report.html`: one self-contained page, made of the files of a run folder and of what they point at.
+
+The page asks no host for anything and runs nothing but its own script: a content-security policy names style and
+script by their hashes. Every name in it is text, escaped by the template. Pictures are re-encoded, as many as fit.
+"""
+
+import base64
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from probe import bundle, provenance
+from probe.cache import Cache
+from probe.errors import CorruptError, InputError, MismatchError, ProbeError
+from probe.evaluation import predictions
+from probe.reporting import advice, plots
+from probe.reporting.answers import Answers, confusion_matrix, reliability, worst_classes
+from probe.reporting.charts import number, percent
+from probe.reporting.embedding_map import Map, Method, make_map
+from probe.reporting.thumbnails import Thumbnails, load_thumbnails
+from probe.sources import display_name
+from probe.sources.origin import describe_origin
+from probe.storage import atomic_write_bytes
+
+FILE_NAME = "report.html"
+MAX_BYTES = 5_000_000
+_MAX_ROWS = 10_000  # rows that the page knows: points of the map, images of the confusion matrix
+_MAX_THUMBNAILS = 1_300  # of about 3.5 kB: more would not fit
+_NUM_MISTAKES, _NUM_HITS = 24, 12
+_NUM_CLASSES, _MATRIX_CLASSES = 100, 24
+_SPARE_BYTES = 50_000
+_TEMPLATES = Path(__file__).parent / "templates"
+
+FIGURES = {
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "macro_f1": "Macro F1",
+    "top_5_accuracy": "Top-5 accuracy",
+    "roc_auc": "ROC-AUC",
+    "average_precision": "Average precision",
+    "nll": "Negative log-likelihood",
+    "brier": "Brier score",
+    "expected_calibration_error": "Calibration error",
+}
+_SHARES = ("accuracy", "balanced_accuracy", "macro_f1", "top_5_accuracy", "expected_calibration_error")
+SPLIT_NAMES = {
+    "train": "training images, none by a head that was fitted on it",
+    "val": "validation images",
+    "test": "test images that took no part in training or choosing",
+}
+
+
+def write_report(
+    run: Path,
+    *,
+    images: Path | None = None,
+    cache: Path | None = None,
+    method: Method = "pca",
+    out: Path | None = None,
+    num_workers: int | None = None,
+) -> dict[str, Any]:
+    """Writes the page.
+
+    Args:
+      run: the run folder.
+      images, cache: where they are now, if not where they were; what is not found is left out, and the page says so.
+      method: of the map.
+      out: file to write; None: report.html in the run folder.
+    Returns: report, the path; bytes; num_rows that the page knows, num_points on its map, num_thumbnails; notes, on
+      what is missing.
+    Raises: InputError, CorruptError as `bundle.load` does; MismatchError for a cache of another backbone that was
+      asked for; StorageError.
+    """
+    classifier = bundle.load(run)
+    metrics, config = (json.loads((run / name).read_bytes()) for name in ("metrics.json", "config.json"))
+    made = provenance.load(run)
+    notes: list[str] = []
+    answers = _answers(run, notes)
+    data: dict[str, Any] = {"texts": [], "rows": None}
+    pictures = Thumbnails({}, None)
+    shown = np.zeros(0, np.int64)
+    plane: Map | None = None
+    mistakes = hits = np.zeros(0, np.int64)
+    if answers is not None:
+        mistakes, hits = answers.mistakes(_NUM_MISTAKES), answers.doubtful_hits(_NUM_HITS)
+        shown = _shown_rows(answers, np.concatenate([mistakes, hits]))
+        plane = _map(classifier, answers, shown, made, cache, method, notes)
+        data = _data(answers, shown, plane)
+        origin = describe_origin(images) if images is not None else made.get("source")
+        wanted = _by_priority(answers, shown, (mistakes, hits))[:_MAX_THUMBNAILS]
+        named = {row: (answers.of.names[row], answers.of.keys[row].tobytes()) for row in wanted}
+        pictures = load_thumbnails(origin, named, num_workers=num_workers)
+        if pictures.missing:
+            notes.append(f"Not every image has a picture: {pictures.missing}.")
+    context = _context(run, classifier, metrics, config, made, answers, mistakes, hits)
+    context |= {"notes": notes, "plane": plane, "num_shown": len(shown)}
+
+    def render(uris: dict[int, str]) -> bytes:
+        place = {int(row): i for i, row in enumerate(shown)}
+        in_galleries = {*mistakes.tolist(), *hits.tolist()}
+        others = {place[row]: uri for row, uri in uris.items() if row not in in_galleries}
+        page = {**context, "uris": uris, "place": place, "data": {**data, "thumbs": others}, "num_uris": len(uris)}
+        return _render(page).encode(errors="replace")
+
+    budget = MAX_BYTES - _SPARE_BYTES - len(render({}))
+    kept: dict[int, str] = {}
+    for row in (row for row in wanted if row in pictures.uris) if answers is not None else ():
+        budget -= len(pictures.uris[row]) + 16
+        if budget < 0:
+            break
+        kept[row] = pictures.uris[row]
+    page = render(kept)
+    path = run / FILE_NAME if out is None else out
+    atomic_write_bytes(path, page)
+    return {
+        "report": str(path),
+        "bytes": len(page),
+        "num_rows": len(shown),
+        "num_points": 0 if plane is None else len(shown),
+        "num_thumbnails": len(kept),
+        "notes": notes,
+    }
+
+
+def report_saved_run(run: Path) -> None:
+    """Writes the page of a run that was just saved. What stands in its way is said on stderr."""
+    try:
+        write_report(run)
+    except ProbeError as err:
+        print(f"note: the run is saved, but not its {FILE_NAME}: {err}", file=sys.stderr)
+
+
+def _answers(run: Path, notes: list[str]) -> Answers | None:
+    try:
+        answers = Answers.of_run(predictions.load(run))
+    except InputError:
+        answers = None
+    if answers is None:
+        notes.append("The run holds no answers to rows that it was not fitted on: there is nothing to look at but how "
+                     "it was trained.")  # fmt: skip
+    return answers
+
+
+def _shown_rows(answers: Answers, always: np.ndarray) -> np.ndarray:
+    """Ascending indices of the rows that the page knows: all, or an even draw that has `always`."""
+    if len(answers) <= _MAX_ROWS:
+        return np.arange(len(answers))
+    order = np.random.default_rng(0).permutation(len(answers))
+    rest = order[~np.isin(order, always)]
+    return np.sort(np.concatenate([np.unique(always), rest[: _MAX_ROWS - len(np.unique(always))]]))
+
+
+def _by_priority(answers: Answers, shown: np.ndarray, galleries: Iterable[np.ndarray]) -> list[int]:
+    """Rows in the order in which they should have pictures: galleries, mistakes, then others at random."""
+    rest = np.random.default_rng(0).permutation(shown)
+    groups = [*galleries, rest[~answers.correct[rest]], rest]
+    return list(dict.fromkeys(int(row) for group in groups for row in group))
+
+
+def _map(
+    classifier: bundle.Bundle,
+    answers: Answers,
+    shown: np.ndarray,
+    made: dict[str, Any],
+    cache: Path | None,
+    method: Method,
+    notes: list[str],
+) -> Map | None:
+    """Rows that the page knows, in the plane; None where their embeddings are not to be had."""
+    recorded = made.get("cache") or {}
+    if cache is None and not recorded:
+        notes.append("There is no map of the embeddings: no cache was used. Give one with --cache.")
+        return None
+    root = cache or Path(recorded["path"])
+    try:
+        opened = Cache.open(root)
+        if cache is None and opened.fingerprint != recorded["fingerprint"]:
+            raise MismatchError(f"{root}: another cache stands there now")
+        if classifier.view not in opened.views:
+            raise InputError(f"{root}: it has no view {classifier.view!r}")
+        row_of = {bytes(key): row for row, key in enumerate(opened.table.keys)}
+        rows = [row_of.get(answers.of.keys[row].tobytes(), -1) for row in shown]
+        if -1 in rows:
+            raise MismatchError(f"{root}: it lacks {rows.count(-1):,} of the {len(rows):,} images")
+        if len(rows) < 3:
+            return None
+        embeddings = opened.embeddings(classifier.view, np.array(rows))
+    except (InputError, MismatchError, CorruptError) as err:
+        if cache is not None:
+            raise
+        notes.append(f"There is no map of the embeddings: {err}.".replace("..", "."))
+        return None
+    return make_map(embeddings, method)
+
+
+def _data(answers: Answers, shown: np.ndarray, plane: Map | None) -> dict[str, Any]:
+    """What the page's script is given: columns, one item per row that it knows."""
+    return {
+        "texts": answers.texts,
+        "rows": {
+            "name": [display_name(answers.of.names[row]) for row in shown],
+            "label": answers.label[shown].tolist(),
+            "predicted": answers.predicted[shown].tolist(),
+            "wrong": (~answers.correct[shown]).astype(int).tolist(),
+            "confidence": np.round(1000 * answers.confidence[shown]).astype(int).tolist(),
+            "x": None if plane is None else plane.positions[:, 0].tolist(),
+            "y": None if plane is None else plane.positions[:, 1].tolist(),
+        },
+    }
+
+
+def _context(
+    run: Path,
+    classifier: bundle.Bundle,
+    metrics: dict[str, Any],
+    config: dict[str, Any],
+    made: dict[str, Any],
+    answers: Answers | None,
+    mistakes: np.ndarray,
+    hits: np.ndarray,
+) -> dict[str, Any]:
+    """All that the template shows but pictures and points."""
+    split = None if answers is None else _judged_split(metrics, answers.split)
+    figures = {} if split is None else metrics["splits"][split]
+    temperature = metrics.get("temperature")
+    after = [] if answers is None else reliability(answers)
+    before = None
+    if answers is not None and temperature and answers.split == "test":
+        before = reliability(answers.at_temperature(temperature))
+    versions = config.pop("versions", {})
+    return {
+        "title": display_name(run.resolve().name),
+        "classifier": classifier,
+        "metrics": metrics,
+        "split": split,
+        "split_name": None if answers is None else SPLIT_NAMES[answers.split],
+        "answered_by": figures.get("of"),
+        "figures": figures,
+        "figure_rows": _figure_rows(metrics),
+        "comparisons": None if split is None else plots.comparisons(metrics, split),
+        "verdict": plots.verdict(metrics),
+        "advice": advice.next_steps(metrics, split, answers, after),
+        "warnings": [display_name(warning) for warning in metrics.get("warnings", [])],
+        "answers": answers,
+        "mistakes": mistakes.tolist(),
+        "hits": hits.tolist(),
+        "num_wrong": 0 if answers is None else int((~answers.correct).sum()),
+        "matrix": None if answers is None else confusion_matrix(answers, _MATRIX_CLASSES),
+        "classes": worst_classes(figures, _NUM_CLASSES) if figures.get("per_class") else [],
+        "num_classes": len(classifier.class_names),
+        "reliability": plots.reliability_chart(after, before) if after else None,
+        "temperature": temperature if before else None,
+        "choices": plots.choice_charts(metrics),
+        "learning": plots.learning_charts(metrics),
+        "history": plots.history_charts(metrics),
+        "made": made,
+        "config": {name: _written(value) for name, value in config.items()},
+        "versions": versions,
+    }
+
+
+def _judged_split(metrics: dict[str, Any], answered: str) -> str | None:
+    """The split whose figures go with the answers: those of training rows out of fold stand under "val"."""
+    split = "val" if answered == "train" else answered
+    return split if metrics["splits"].get(split, {}).get("accuracy") is not None else None
+
+
+def _figure_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table of figures: name, and for each of validation and test (text, interval) or None."""
+    splits = [metrics["splits"].get(name, {}) for name in ("val", "test")]
+    rows = []
+    for key, name in FIGURES.items():
+        cells = [_cell(figures, key) for figures in splits]
+        if any(cells):
+            rows.append({"name": name, "cells": cells})
+    return rows
+
+
+def _cell(figures: dict[str, Any], key: str) -> tuple[str, str] | None:
+    value, interval = figures.get(key), figures.get(f"{key}_interval_95")
+    if value is None:
+        return None
+    if key in _SHARES:
+        return percent(value, 1), "" if interval is None else f"{100 * interval[0]:.1f} to {percent(interval[1], 1)}"
+    return f"{value:.3f}", "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def _written(value: Any) -> str:
+    """A value of a configuration as one would type it."""
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "–"
+    return {None: "–", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, dict) else str(value)
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """Templates that escape everything, and fail on a name that is not there."""
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {"percent": percent, "number": number, "display": display_name}
+    return found
+
+
+def _render(context: dict[str, Any]) -> str:
+    style, script = ((_TEMPLATES / name).read_text().strip() for name in ("report.css", "report.js"))
+    template = environment().get_template("report.html")
+    return template.render(**context, **inlined(style, script), data_json=json_block(context["data"]))
+
+
+def inlined(style: str, script: str) -> dict[str, Any]:
+    """Style and script for a template, and the policy that lets these two pass and nothing else."""
+    assert "</" not in script, "it would end the element that it stands in"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return {"style": Markup(style), "script": Markup(script), "policy": policy}  # noqa: S704  both are our own files
+
+
+def json_block(value: Any) -> Markup:
+    """JSON for a script element that is only read: it cannot end the element, whatever names it holds."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # noqa: S704  escaped just now
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
