@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from probe import interrupt
-from probe.backbones import Backbone, load_backbone, make_embed_fn
+from probe.backbones import Backbone, load_backbone
 from probe.cache import (
     CacheWriter,
     Failure,
@@ -40,7 +40,7 @@ from probe.cache import (
     newest_complete,
 )
 from probe.config import EmbedConfig
-from probe.embedding import Item, ShardInWork, make_run_batch, memory_explained
+from probe.embedding import Item, RunBatch, ShardInWork, make_run_batch, memory_explained
 from probe.errors import ConfigError, FailedImagesError, InputError, StorageError
 from probe.estimate import describe_estimate, estimate, spread
 from probe.images import ImageError, LoadedImage, load_images
@@ -92,8 +92,8 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     done = plan if plan.complete else writer.complete(plan)
     summary = _summarize(config, writer, done or plan, work.num_computed, time.monotonic() - started)
     summary["num_dropped"] = num_dropped
-    if work.stages is not None and work.num_computed:
-        summary["stages"] = _describe_use(work.stages, backbone, manifest)
+    if work.stages is not None and work.run_batch is not None and work.num_computed:
+        summary["stages"] = _describe_use(work.stages, work.run_batch, backbone, manifest)
         print(describe_stages(summary["stages"]), file=sys.stderr)
     if summary["complete"] and summary["num_embedded"] == 0:
         raise InputError(
@@ -156,6 +156,7 @@ class _Work:
         self._finishing: ShardInWork | None = None  # the shard before, whose last batches are being computed
         self._sealing: Future[None] | None = None  # its way to the disk
         self.num_computed = 0
+        self.run_batch: RunBatch | None = None
         self.stages: Stages | None = None  # where the time went, if there was anything to do
 
     def run(self) -> None:
@@ -169,7 +170,7 @@ class _Work:
             for number in self._numbers:
                 self._learn(number)
             return
-        run_batch = make_run_batch(self._backbone)
+        self.run_batch = run_batch = make_run_batch(self._backbone)
         made_by = _made_by()
         batch_size = self._writer.manifest.identity["batch_size"]
         self.stages = stages = Stages()
@@ -274,14 +275,14 @@ class _Work:
             )
 
 
-def _describe_use(stages: Stages, backbone: Backbone, manifest: Manifest) -> dict[str, Any]:
+def _describe_use(stages: Stages, run_batch: RunBatch, backbone: Backbone, manifest: Manifest) -> dict[str, Any]:
     """The stage table and, after runs that were long enough for it to mean something, the use of the device."""
     table = stages.to_json()
     if stages.wall_s - stages.compile_s >= _LONG_ENOUGH:
         identity = manifest.identity
         precision = identity["compute_dtype"]
         images = jax.ShapeDtypeStruct((identity["batch_size"], *backbone.preprocessing.image_size, 3), np.uint8)
-        flops = count_flops(make_embed_fn(backbone, backbone.views), backbone.variables, images)
+        flops = count_flops(run_batch, images)
         flops_per_image, rate = flops / identity["batch_size"], matmul_rate(precision) * identity["num_devices"]
         table |= {
             "flops_per_image": flops_per_image,
