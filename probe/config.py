@@ -95,10 +95,29 @@ class EmbedConfig:
     """Processes, on any hosts that share the cache's file system, that divide the work between them."""
     num_workers: IfGiven[int] = None
     """Processes that decode images (if not given: one per core)."""
+    engine: Literal["local", "ray"] = "local"
+    """Who runs the shards: this process, or workers on a Ray cluster that see IMAGES and --out at the same paths."""
+    ray_address: IfGiven[str] = None
+    """A Ray cluster that runs already: auto, or host:port (if not given: RAY_ADDRESS, or one on this machine alone)."""
+    workers: IfGiven[int] = None
+    """Ray: workers at once (if not given: one a node, or as many as --gpus-per-worker leaves room for)."""
+    gpus_per_worker: IfGiven[float] = None
+    """Ray: GPUs, or a share of one, that each worker has to itself (if not given: none)."""
     json: Flag = False
     """Print the summary to stdout as JSON."""
 
     def __post_init__(self) -> None:
+        if self.engine == "ray":
+            _require(self.num_shards == 1, "num-shards", "left out with --engine ray", self.num_shards)
+            _require(not self.dry_run, "dry-run", "left out with --engine ray", self.dry_run)
+        else:
+            for option in ("ray_address", "workers", "gpus_per_worker"):
+                value = getattr(self, option)
+                _require(value is None, option.replace("_", "-"), "left out without --engine ray", value)
+        if self.workers is not None:
+            _require(self.workers >= 1, "workers", "at least 1", self.workers)
+        if self.gpus_per_worker is not None:
+            _positive("gpus-per-worker", self.gpus_per_worker)
         if self.batch_size is not None:
             _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
         if self.shard_rows is not None:

@@ -6,20 +6,19 @@ disk. A run that was killed continues with the first slice that is not sealed, a
 would have made.
 """
 
+import contextlib
 import dataclasses
-import importlib.metadata
+import functools
 import itertools
 import math
 import os
-import platform
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 import numpy as np
@@ -40,7 +39,8 @@ from probe.cache import (
     newest_complete,
 )
 from probe.config import EmbedConfig
-from probe.embedding import Item, RunBatch, ShardInWork, make_run_batch, memory_explained
+from probe.embedding import Device, Item, RunBatch, ShardInWork, made_by, make_run_batch, memory_explained, refuse
+from probe.engines.worker import Job, describe_workers
 from probe.errors import ConfigError, FailedImagesError, InputError, StorageError
 from probe.estimate import describe_estimate, estimate, spread
 from probe.images import ImageError, LoadedImage, load_images
@@ -49,6 +49,9 @@ from probe.progress import Progress
 from probe.sources import Columns, Example, Source, check_labels, display_name, open_source
 from probe.sources.origin import describe_origin
 from probe.stages import Stages, describe_stages
+
+if TYPE_CHECKING:
+    from probe.engines.ray import RayWorkers
 
 _BATCH_SIZE = 32
 _SHARD_ROWS_CPU, _SHARD_ROWS = 1024, 16384  # about a minute of a CPU's work, 50 MB of 768 float32
@@ -68,30 +71,34 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
       another way; StorageError, CorruptError, OutOfMemoryError, Interrupted.
     """
     started = time.monotonic()
-    source = open_source(config.images, columns=_columns(config), image_root=config.image_root)
+    source = _opener(config, config.images)()
     if all(example.labels for example in source.examples):
         check_labels(source)
     _check_writable(config.out)
     examples = spread(source.examples, config.limit)
-    backbone = load_backbone(config.backbone).with_decode(_decode_rule(config))
-    manifest = _settle(config, backbone)
     inputs = _inputs(source, examples)
-    if config.dry_run:
-        with memory_explained(manifest.identity["batch_size"]):
-            return estimate(config, manifest, backbone, source, examples, inputs)
-    num_dropped = _num_dropped(config, inputs)
-    writer = CacheWriter(config.out, manifest)
-    plan = writer.plan(inputs, rehash=config.verify_content, retry_failed=config.retry_failed)
-    work = _Work(config, writer, plan, backbone, source, examples)
-    try:
-        with memory_explained(manifest.identity["batch_size"]):
-            work.run()
-    except interrupt.Interrupted as stop:
-        hint = f"{len(writer.sealed(plan))} of {writer.num_shards(plan)} shards are sealed; run it again to go on"
-        raise interrupt.Interrupted(stop.signum, hint) from None
+    with _workers(config) as workers:
+        backbone = load_backbone(config.backbone).with_decode(_decode_rule(config))
+        if workers:
+            workers.start(f"{backbone.name}@{backbone.revision}" if backbone.revision else backbone.name)
+        manifest = _settle(config, backbone, workers.device() if workers else Device.here())
+        if config.dry_run:
+            with memory_explained(manifest.identity["batch_size"]):
+                return estimate(config, manifest, backbone, source, examples, inputs)
+        num_dropped = _num_dropped(config, inputs)
+        writer = CacheWriter(config.out, manifest)
+        plan = writer.plan(inputs, rehash=config.verify_content, retry_failed=config.retry_failed)
+        work = _Work(config, writer, plan, backbone, source, examples)
+        try:
+            with memory_explained(manifest.identity["batch_size"]):
+                work.run_on(workers) if workers else work.run()
+        except interrupt.Interrupted as stop:
+            hint = f"{len(writer.sealed(plan))} of {writer.num_shards(plan)} shards are sealed; run it again to go on"
+            raise interrupt.Interrupted(stop.signum, hint) from None
     done = plan if plan.complete else writer.complete(plan)
     summary = _summarize(config, writer, done or plan, work.num_computed, time.monotonic() - started)
     summary["num_dropped"] = num_dropped
+    summary["workers"] = workers.summary() if workers else []
     if work.stages is not None and work.run_batch is not None and work.num_computed:
         summary["stages"] = _describe_use(work.stages, work.run_batch, backbone, manifest)
         print(describe_stages(summary["stages"]), file=sys.stderr)
@@ -127,6 +134,7 @@ def describe(summary: dict[str, Any]) -> str:
             f"{summary['num_pending']:,} images are left to other processes; the one that ends last completes the cache"
         )
     rate = f", {summary['images_per_second']:.1f} images/s" if summary["num_computed"] else ""
+    lines += describe_workers(summary["workers"])
     lines.append(
         f"{summary['cache']}: {summary['num_embedded']:,} of {summary['num_images']:,} images have embeddings "
         f"({summary['num_computed']:,} computed now in {summary['seconds']:.1f} s{rate}), {num_failed:,} failed"
@@ -171,7 +179,7 @@ class _Work:
                 self._learn(number)
             return
         self.run_batch = run_batch = make_run_batch(self._backbone)
-        made_by = _made_by()
+        made_here = made_by(Device.here())
         batch_size = self._writer.manifest.identity["batch_size"]
         self.stages = stages = Stages()
         with Progress("embedding", total=total, unit="images") as progress, ThreadPoolExecutor(1) as disk:
@@ -184,7 +192,7 @@ class _Work:
                 ahead=max(_AHEAD, 2 * batch_size),  # while one batch is fetched the next is decoded
             )
             next_number = iter(self._numbers)
-            with closing(cast(Generator[LoadedImage[Item]], images)):  # ends its workers, whatever happens
+            with contextlib.closing(cast(Generator[LoadedImage[Item]], images)):  # ends its workers, whatever happens
                 for number, slice_of_images in itertools.groupby(stages.waited(images), _number):
                     for earlier in next_number:
                         if earlier == number:
@@ -206,19 +214,19 @@ class _Work:
                     shard.send_rest()
                     self._await_sealing(stages)
                     self._finishing = shard
-                    self._sealing = disk.submit(self._finish, shard, number, made_by, stages)
+                    self._sealing = disk.submit(self._finish, shard, number, made_here, stages)
             for later in next_number:
                 self._learn(later)
             self._await_sealing(stages)
         stages.stop()
 
-    def _finish(self, shard: ShardInWork, number: int, made_by: dict[str, str], stages: Stages) -> None:
+    def _finish(self, shard: ShardInWork, number: int, made_here: dict[str, str], stages: Stages) -> None:
         """What is left to do for a shard once all is sent: done in a thread, while the next one is computed."""
         contents = shard.finish()
         self._mine.update(key.tobytes() for key in contents.keys)
         self.num_computed += len(contents.keys)
         with stages.timed("write_s"):
-            self._writer.seal(self._plan, number, contents, made_by)
+            self._writer.seal(self._plan, number, contents, made_here)
 
     def _await_sealing(self, stages: Stages) -> None:
         """Waits until the shard before is on the disk: a full one is heard of here, at most one shard late."""
@@ -235,6 +243,34 @@ class _Work:
         if self._sealing is not None and self._finishing is not None and key in self._finishing:
             self._sealing.result()
         return self._is_known(key)
+
+    def run_on(self, workers: "RayWorkers") -> None:
+        """Has workers make every shard that is not sealed yet, in any order."""
+        for row, reason, detail in self._plan.failures:
+            self._count(Failure(self._plan.inputs.names[row], reason, detail))
+        sealed = self._writer.sealed(self._plan)
+        for path in sealed.values():
+            for failure in self._writer.load_sidecar(path).failures:
+                self._count(failure)
+        todo = {number: self._writer.shard_rows(self._plan, number) for number in self._numbers if number not in sealed}
+        if not todo:
+            return
+        job = Job(
+            cache=self._config.out.absolute(),
+            plan_id=self._plan.id,
+            plan_file=self._writer.plan_file(self._plan).absolute() if len(self._older) else None,
+            open_source=self._source.opener() or _opener(self._config, self._config.images.absolute()),
+            num_workers=self._config.num_workers,
+            max_pixels=self._config.max_pixels,
+            stop_at_failure=self._config.on_error == "fail",
+        )
+        shards = ((number, [self._examples[row] for row in rows]) for number, rows in todo.items())
+        with Progress("embedding", total=sum(map(len, todo.values())), unit="images") as progress:
+            for receipt in workers.make(job, shards, self._writer.sweep):
+                progress.advance(receipt.num_images)
+                self.num_computed += receipt.num_computed
+                for failure in receipt.failures:
+                    self._count(failure)
 
     def _items(self, stages: Stages) -> Iterator[tuple[Item, bytes | Path | ImageError]]:
         for number in self._numbers:
@@ -265,13 +301,12 @@ class _Work:
         """Raises: InputError or FailedImagesError if this is one failure too many."""
         with self._counting:
             self._num_failed += 1
-        name = display_name(failure.name)
         if self._config.on_error == "fail":
-            raise InputError(f"{name}: {failure.reason}: {failure.detail}. Mend it, or pass --on-error skip.")
+            refuse(failure)
         if self._config.max_failures is not None and self._num_failed > self._config.max_failures:
             raise FailedImagesError(
                 f"{self._num_failed} images have failed, and --max-failures is {self._config.max_failures}; the last "
-                f"is {name} ({failure.reason}: {failure.detail}). What was sealed so far is kept."
+                f"is {display_name(failure.name)} ({failure.reason}: {failure.detail}). What was sealed so far is kept."
             )
 
 
@@ -293,6 +328,20 @@ def _describe_use(stages: Stages, run_batch: RunBatch, backbone: Backbone, manif
     return table
 
 
+def _opener(config: EmbedConfig, images: Path) -> Callable[[], Source]:
+    """What opens the images, here or on another host."""
+    return functools.partial(open_source, images, columns=_columns(config), image_root=config.image_root)
+
+
+def _workers(config: EmbedConfig) -> "contextlib.AbstractContextManager[RayWorkers | None]":
+    """The workers of another engine; None where this process is the worker."""
+    if config.engine == "local":
+        return contextlib.nullcontext()
+    from probe.engines.ray import RayWorkers
+
+    return RayWorkers(address=config.ray_address, num_workers=config.workers, gpus_per_worker=config.gpus_per_worker)
+
+
 def _number(image: LoadedImage[Item]) -> int:
     return image.example.number
 
@@ -304,14 +353,13 @@ def _decode_rule(config: EmbedConfig) -> Literal["exact", "fast"]:
     return config.decode or rule
 
 
-def _settle(config: EmbedConfig, backbone: Backbone) -> Manifest:
+def _settle(config: EmbedConfig, backbone: Backbone, device: Device) -> Manifest:
     """How embeddings are made: what the cache says, if there is one, where the user leaves it open.
 
     Raises: MismatchError listing every field in which an existing cache differs.
     """
     found = load_manifest(config.out) if (config.out / "cache.json").exists() else None
     fixed = found.identity if found else {}
-    device = jax.devices()[0]
     batch_size = config.batch_size or fixed.get("batch_size", _BATCH_SIZE)
     default_rows = _SHARD_ROWS_CPU if device.platform == "cpu" else _SHARD_ROWS
     shard_rows = config.shard_rows or (found.shard_rows if found else default_rows)
@@ -328,7 +376,7 @@ def _settle(config: EmbedConfig, backbone: Backbone) -> Manifest:
             "stored_dtype": config.dtype or fixed.get("stored_dtype", "float32"),
             "matmul_precision": "highest",
             "batch_size": batch_size,
-            "device_kind": device.device_kind,
+            "device_kind": device.kind,
             "num_devices": 1,
             "program": _PROGRAM,
         },
@@ -379,14 +427,6 @@ def _num_dropped(config: EmbedConfig, inputs: Inputs) -> int:
             "choose another --out"
         )
     return num_dropped
-
-
-def _made_by() -> dict[str, str]:
-    return {
-        **{package: importlib.metadata.version(package) for package in ("probe-jax", "jax", "jaxlib", "pillow")},
-        "device": jax.devices()[0].device_kind,
-        "host": platform.node(),
-    }
 
 
 def _check_writable(out: Path) -> None:

@@ -8,8 +8,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
+import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -17,12 +20,27 @@ import numpy as np
 from probe import interrupt
 from probe.backbones import Backbone, make_embed_fn
 from probe.cache import FAILED, KNOWN, Facts, Failure, ShardContents
-from probe.errors import OutOfMemoryError
+from probe.errors import InputError, OutOfMemoryError
 from probe.images import ImageError, LoadedImage
-from probe.sources import Example
+from probe.sources import Example, display_name
 from probe.stages import Stages
 
 _BATCHES_IN_FLIGHT = 2  # the device computes one while the next is sent
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What embeddings are computed on; its kind is a part of what a cache is made of."""
+
+    platform: str
+    kind: str
+
+    @classmethod
+    def here(cls) -> "Device":
+        """The first one of this process."""
+        device = jax.devices()[0]
+        return cls(device.platform, device.device_kind)
+
 
 RunBatch = Callable[[np.ndarray], dict[str, jax.Array]]
 
@@ -227,6 +245,21 @@ def make_run_batch(backbone: Backbone) -> RunBatch:
     """The compiled program on the backbone's weights, which are sent to the device once."""
     embed_fn = make_embed_fn(backbone, backbone.views)
     return functools.partial(embed_fn, jax.device_put(backbone.variables))
+
+
+def made_by(device: Device) -> dict[str, str]:
+    """What a shard's sidecar says about its making."""
+    return {
+        **{package: importlib.metadata.version(package) for package in ("probe-jax", "jax", "jaxlib", "pillow")},
+        "device": device.kind,
+        "host": platform.node(),
+    }
+
+
+def refuse(failure: Failure) -> NoReturn:
+    """Raises: InputError about an image that could not be read."""
+    name = display_name(failure.name)
+    raise InputError(f"{name}: {failure.reason}: {failure.detail}. Mend it, or pass --on-error skip.")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@
 | 7 | the disk is full, read-only or failing | `StorageError` |
 | 8 | the numbers broke down: a non-finite loss, an optimum that does not exist | `NumericalError` |
 | 9 | the device ran out of memory | `OutOfMemoryError` |
+| 10 | a worker or process of a cluster failed more often than allowed | `EngineError` |
 | 130, 141, 143 | ended by Ctrl-C, a closed pipe or SIGTERM; what is in a cache or checkpoint is kept | `Interrupted` |
 
 A message says what was wrong, where, and what to do about it.
@@ -70,3 +71,9 @@ class OutOfMemoryError(ProbeError):
     """The device ran out of memory."""
 
     exit_code = 9
+
+
+class EngineError(ProbeError):
+    """A worker or process of a cluster failed more often than allowed, or cannot be had at all."""
+
+    exit_code = 10

@@ -23,6 +23,15 @@ _STALE_SECONDS = 24 * 3600  # a partial this old belongs to nobody: no shard tak
 _in_progress: set[Path] = set()  # partials of this process, for `remove_partials`
 
 
+class _Writer:
+    tag = ""  # stands in the names of this process's partials
+
+
+def tag_partials(tag: str) -> None:
+    """Has this process's partials name it, so that who outlives it can remove them at once: see `sweep_partials`."""
+    _Writer.tag = tag
+
+
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Writes `data` to `path` so that a crash leaves the old content, or the new, and nothing between.
 
@@ -139,19 +148,23 @@ def fsync_folder(folder: Path) -> None:
     _fsync_path(folder)
 
 
-def sweep_partials(folder: Path) -> None:
-    """Removes partial files and folders directly in `folder` that a killed process left over a day ago."""
+def sweep_partials(folder: Path, tag: str | None = None) -> None:
+    """Removes partial files and folders directly in `folder` that a killed process left over a day ago.
+
+    Args:
+      tag: remove those of this one instead, whatever their age. It is dead, or what it writes no longer counts.
+    """
     oldest = time.time() - _STALE_SECONDS
-    for partial in folder.glob(f"{PARTIAL_PREFIX}*"):
+    for partial in folder.glob(f"{PARTIAL_PREFIX}*" if tag is None else f"{PARTIAL_PREFIX}{tag}*"):
         with contextlib.suppress(OSError):
-            if partial.lstat().st_mtime < oldest:
+            if tag is not None or partial.lstat().st_mtime < oldest:
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def _partial_name(path: Path) -> Path:
     # A name of its own: neither a twin process nor a leftover can stand in the way. It does not contain the
     # final name, which may already be as long as the file system allows.
-    return path.with_name(f"{PARTIAL_PREFIX}{uuid.uuid4().hex}")
+    return path.with_name(f"{PARTIAL_PREFIX}{_Writer.tag}{uuid.uuid4().hex}")
 
 
 def _fsync_path(path: Path) -> None:

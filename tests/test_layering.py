@@ -17,6 +17,7 @@ ONLY_IMPORTERS = {
     "tyro": "probe.cli probe.config",
     "orbax": "probe.training.checkpoints",
     "tensorboardX": "probe.training.events",
+    "ray": "probe.engines.ray",
 }
 
 

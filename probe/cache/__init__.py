@@ -23,6 +23,7 @@ from probe.cache.plan import FAILED as FAILED
 from probe.cache.plan import Failure as Failure
 from probe.cache.plan import Inputs as Inputs
 from probe.cache.plan import Plan as Plan
+from probe.cache.plan import load_plan as load_plan
 from probe.cache.plan import make_inputs as make_inputs
 from probe.cache.reader import Cache as Cache
 from probe.cache.reader import Table as Table

@@ -32,6 +32,9 @@ class KeyIndex:
             places[unsettled] += 1
         return found
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
     def __contains__(self, key: bytes) -> bool:
         return bool(self.find(np.frombuffer(key, np.uint8)[None])[0] >= 0)
 

@@ -47,8 +47,12 @@ class CacheWriter:
         # word.
         self.manifest = load_manifest(root)
         check_same(self.manifest, wanted, root)
-        for folder in (root, root / "plan", root / "failed", *(root / "shards").glob("*")):
-            sweep_partials(folder)
+        self.sweep()
+
+    def sweep(self, tag: str | None = None) -> None:
+        """Removes what killed processes left behind: a day ago, or the one of this tag (`storage.tag_partials`)."""
+        for folder in (self.root, self.root / "plan", self.root / "failed", *(self.root / "shards").glob("*")):
+            sweep_partials(folder, tag)
 
     def plan(self, inputs: Inputs, *, rehash: bool = False, retry_failed: bool = False) -> Plan:
         """The plan to work on for `inputs`, stored: an old one if it still fits, else a new revision.
@@ -61,6 +65,10 @@ class CacheWriter:
         """
         plan = draft_plan(self.root, inputs, rehash=rehash, retry_failed=retry_failed)
         return plan if plan.id else self.store(plan)
+
+    def plan_file(self, plan: Plan) -> Path:
+        """Where a stored plan lies."""
+        return self.root / "plan" / (f"{plan.id}.h5" if plan.complete else f"{plan.id}-open.h5")
 
     def shard_rows(self, plan: Plan, number: int) -> np.ndarray:
         """Rows of the plan that shard `number` of its work is made from, in order."""

@@ -8,8 +8,9 @@ or a dangling link with the name of an image is listed, and fails by itself late
 
 import collections
 import dataclasses
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from probe.errors import InputError
@@ -47,6 +48,9 @@ class FileSource(Source):
 
     def path(self, example: Example) -> Path:
         return Path(os.fsdecode(self._path(example)))
+
+    def opener(self) -> Callable[[], Source]:
+        return functools.partial(FileSource, self.root.absolute(), self.examples[:1])
 
     def _path(self, example: Example) -> bytes:
         return join(os.fsencode(self.root), example.name)

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +76,10 @@ class Source(abc.ABC):
 
     def path(self, example: Example) -> Path | None:
         """The plain file that holds the image, which another process may open itself; None inside an archive."""
+        return None
+
+    def opener(self) -> "Callable[[], Source] | None":
+        """What opens these images on another host for reading alone, without listing them; None if nothing does."""
         return None
 
     def iter_bytes(self, examples: Iterable[Example]) -> Iterator[tuple[Example, bytes | Path | ImageError]]:
