@@ -268,10 +268,16 @@ class FitLinearConfig:
     """Seed of the validation split, the initial weights and the order of the rows."""
     no_refit: Flag = False
     """Keep the head that train alone gave; else train + a given validation split are fitted once λ is chosen."""
+    max_memory: IfGiven[float] = None
+    """GB that embeddings, and what a fit makes of them, may take (default: half of this machine's). Larger ones are
+    read from the cache anew for each pass: the same optimum, later. Only --head linear with --solver lbfgs can, without
+    --shots and --learning-curve; scikit-learn's baseline is left out."""
     bundle_backbone: Flag = False
     """Copy the backbone into the run folder, so that `probe predict` needs nothing else."""
     no_report: Flag = False
     """Do not write report.html into the run folder; `probe report` writes it later."""
+    quiet: Flag = False
+    """No progress on stderr."""
     json: Flag = False
     """Print metrics.json to stdout."""
 
@@ -309,6 +315,8 @@ class FitLinearConfig:
         _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
         _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
         _positive("learning-rate", self.learning_rate)
+        if self.max_memory is not None:
+            _positive("max-memory", self.max_memory)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,10 @@ A linear head is then fitted again on all that may be used, so that nothing but 
 what stands under "val" is the figure of other heads, on rows that neither fitted nor chose them.
 """
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,16 +22,20 @@ from probe.evaluation import predictions
 from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import class_logits
 from probe.probing.convex import fit_convex
+from probe.probing.features import Features, Stream, pieces
 from probe.probing.fewer import few_shot, learning_curve
 from probe.probing.knn import fit_knn
 from probe.probing.mlp import fit_mlp
-from probe.probing.protocol import Data, Fitted
+from probe.probing.protocol import Data, Fitted, Report, silent
 from probe.probing.reference import default_decisions
 from probe.probing.ridge import fit_ridge
 from probe.probing.scaling import Scaling
+from probe.progress import Stages
 from probe.reporting.page import report_saved_run
 from probe.splits import Splits, assign_folds, resolve_splits
 
+_ANSWERED = 2048  # rows whose logits are made at once
+_COPIES = 6  # times the embeddings that a fit takes at its peak, the baseline included (measured: 5.2)
 _NAMED = 5  # how many of many rows a message names
 
 
@@ -50,12 +56,13 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
         decode=backbone["preprocessor_config"].get("decode", "exact"),
     )
     backbone_copy = reference.load() if config.bundle_backbone else None  # before the work: it may not be there
-    embeddings: dict[str, np.ndarray] = {view: cache.embeddings(view) for view in config.views}
+    embeddings, notes = open_embeddings(config, cache)
     for values in embeddings.values():
         check_finite(values, table.names)
-    data, notes = make_data(config, embeddings, table.labels, table.splits, table.groups, cache.class_names)
-    notes += _leaks(table.keys, data.splits)
-    fitted, metrics = fit_data(config, data, notes)
+    data, more = make_data(config, embeddings, table.labels, table.splits, table.groups, cache.class_names)
+    notes += more + _leaks(table.keys, data.splits)
+    with Stages(quiet=config.quiet) as report:
+        fitted, metrics = fit_data(config, data, notes, report)
     answers = predictions.collect(
         _answers(data, fitted),
         class_names=cache.class_names,
@@ -86,9 +93,43 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     return metrics
 
 
+def open_embeddings(config: FitLinearConfig, cache: Cache) -> tuple[dict[str, Features], list[str]]:
+    """The embeddings of each view asked for, streamed where a fit would take too much memory, and a note of that.
+
+    Raises: ConfigError if they would have to be streamed, and what was asked for cannot.
+    """
+    limit = _machine_memory() / 2 if config.max_memory is None else config.max_memory * 1e9
+    needed = _COPIES * 4 * len(cache.table) * sum(cache.width(view) for view in config.views)
+    if needed <= limit:
+        return {view: cache.embeddings(view) for view in config.views}, []
+    too_large = (
+        f"a fit of all embeddings takes some {needed / 1e9:.2g} GB of memory, and --max-memory is {limit / 1e9:.2g}"
+    )
+    if config.head != "linear" or config.solver != "lbfgs" or config.shots or config.learning_curve:
+        raise ConfigError(
+            f"{too_large}: read in parts, they can be fitted with --head linear and --solver lbfgs, without --shots "
+            "and --learning-curve. Ask for that, or give more memory."
+        )
+    every = np.arange(len(cache.table))
+    streams: dict[str, Features] = {
+        view: Stream(functools.partial(cache.blocks, view), every, cache.width(view)) for view in config.views
+    }
+    return streams, [f"{too_large}: they are read anew for each pass, and scikit-learn's baseline is left out"]
+
+
+def _machine_memory() -> int:
+    """Bytes: of the machine, or what a container may take of it."""
+    every = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return every
+    return min(every, int(limit)) if limit.isdigit() else every
+
+
 def make_data(
     config: FitLinearConfig,
-    embeddings: Mapping[str, np.ndarray],
+    embeddings: Mapping[str, Features],
     labels: np.ndarray,
     splits: np.ndarray,
     groups: np.ndarray | None,
@@ -136,13 +177,15 @@ def make_data(
     return Data(embeddings, labels, resolved, folds, tuple(class_names)), notes
 
 
-def fit_data(config: FitLinearConfig, data: Data, notes: Sequence[str] = ()) -> tuple[Fitted, dict[str, Any]]:
-    """Chooses, fits and judges a head: all of `fit_linear` but the files.
+def fit_data(
+    config: FitLinearConfig, data: Data, notes: Sequence[str] = (), report: Report = silent
+) -> tuple[Fitted, dict[str, Any]]:
+    """Chooses, fits and judges a head: all of `fit_linear` but the files. report: told how far the work is.
 
     Returns: the head, and what metrics.json holds.
     """
     if config.head == "linear":
-        fitted = fit_ridge(config, data) if config.solver == "ridge" else fit_convex(config, data)
+        fitted = fit_ridge(config, data) if config.solver == "ridge" else fit_convex(config, data, report)
     else:
         fitted = fit_mlp(config, data) if config.head == "mlp" else fit_knn(config, data)
     figures = {}
@@ -155,16 +198,16 @@ def fit_data(config: FitLinearConfig, data: Data, notes: Sequence[str] = ()) -> 
         figures["val"]["of"] = fitted.val_of
     extra: dict[str, Any] = {}
     if config.shots:
-        extra["few_shot"] = few_shot(config, data)
+        extra["few_shot"] = few_shot(config, data, report)
     if config.learning_curve:
-        extra["learning_curve"] = learning_curve(config, data)
+        extra["learning_curve"] = learning_curve(config, data, report)
     warnings = [*notes, *fitted.warnings]
     return fitted, {
         "splits": figures,
         "head": config.head,
         "val_is_given": data.splits.val_is_given,
         **fitted.facts,
-        **({} if data.multi_label else {"baseline": _baseline(data, fitted.view)}),
+        **_baseline(data, fitted.view),
         **extra,
         "warnings": warnings,
     }
@@ -172,7 +215,9 @@ def fit_data(config: FitLinearConfig, data: Data, notes: Sequence[str] = ()) -> 
 
 def apply_head(fitted: Fitted, data: Data, rows: np.ndarray) -> np.ndarray:
     """[n, C] logits of the head as it is saved."""
-    logits = fitted.head.apply(data.embeddings[fitted.view][rows])
+    embeddings = data.embeddings[fitted.view][rows]
+    at, parts = zip(*((at, fitted.head.apply(part)) for at, part in pieces(embeddings, _ANSWERED)), strict=True)
+    logits = jnp.concatenate(parts)[np.argsort(np.concatenate(at))]
     return np.asarray(logits if data.multi_label else class_logits(logits))
 
 
@@ -218,9 +263,10 @@ def _c(metrics: dict[str, Any]) -> str:
     return "" if metrics["C"] is None else f" (C {metrics['C']:.3g})"
 
 
-def check_finite(embeddings: np.ndarray, names: Sequence[bytes]) -> None:
+def check_finite(embeddings: Features, names: Sequence[bytes]) -> None:
     """Raises InputError, naming the rows, if an embedding has a NaN or an infinity."""
-    (rows,) = np.nonzero(~np.isfinite(embeddings).all(axis=1))
+    found = [at[~np.isfinite(part).all(axis=1)] for at, part in pieces(embeddings)]
+    rows = np.sort(np.concatenate(found))
     if len(rows):
         named = ", ".join(os.fsdecode(names[row]) for row in rows[:_NAMED])
         rest = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
@@ -262,19 +308,20 @@ def _answers(data: Data, fitted: Fitted) -> dict[str, tuple[np.ndarray, np.ndarr
 
 
 def _baseline(data: Data, view: str) -> dict[str, Any]:
-    """What scikit-learn gives as it comes: standardised features, C = 1, nothing chosen.
+    """What scikit-learn gives as it comes: standardised features, C = 1, nothing chosen; {} where it cannot.
 
     Fitted on train and validation and judged on test; without a test split, fitted on train and judged on a given
     validation split; with neither, fitted on all folds but the first and judged on that.
     """
-    splits = data.splits
+    embeddings, splits = data.embeddings[view], data.splits
+    if data.multi_label or isinstance(embeddings, Stream):
+        return {}
     fitted_on, judged, name = np.concatenate([splits.train, splits.val]), splits.test, "test"
     if not len(judged):
         fitted_on, judged, name = splits.train, splits.val, "val"
     if not len(judged):
         first = data.folds[splits.train] == 0
         fitted_on, judged = splits.train[~first], splits.train[first]
-    embeddings = data.embeddings[view]
     scaling = Scaling.of(embeddings[fitted_on], "standard")
     decisions = default_decisions(
         scaling.apply(embeddings[fitted_on]), data.labels[fitted_on], scaling.apply(embeddings[judged])
@@ -282,4 +329,4 @@ def _baseline(data: Data, view: str) -> dict[str, Any]:
     logits = np.asarray(class_logits(jnp.asarray(decisions)))
     figures = summarize(logits, data.labels[judged], data.class_names, full=False)
     kept = {key: figures[key] for key in ("n", "accuracy", "accuracy_interval_95", "nll")}
-    return {"program": "scikit-learn LogisticRegression", "C": 1.0, "split": name, **kept}
+    return {"baseline": {"program": "scikit-learn LogisticRegression", "C": 1.0, "split": name, **kept}}

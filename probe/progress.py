@@ -15,13 +15,13 @@ _PLAIN_SECONDS = 10  # between two lines where stderr is a file or a pipe
 
 
 class Progress:
-    """Counts `unit`s towards `total` under the heading `verb`, with the rate and the time left.
+    """Counts `unit`s towards `total`, if that is known, under the heading `verb`, with the rate and the time left.
 
     with Progress("embedding", total=len(images), unit="images") as progress:
         progress.advance(32)
     """
 
-    def __init__(self, verb: str, *, total: int, unit: str) -> None:
+    def __init__(self, verb: str, *, total: int | None, unit: str) -> None:
         self._verb, self._total, self._unit = verb, total, unit
         self._done = 0
         self._started = self._last_line = time.monotonic()
@@ -64,13 +64,49 @@ class Progress:
 
     def _print_line(self) -> None:
         rate = self._done / (time.monotonic() - self._started)
-        left = (self._total - self._done) / rate if rate else float("inf")
+        of, left = "", ""
+        if self._total is not None:
+            of = f" of {self._total:,}"
+            left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
         print(
-            f"{self._verb}: {self._done:,} of {self._total:,} {self._unit}, "
-            f"{rate:.1f} {self._unit}/s, {left:.0f} s left",
+            f"{self._verb}: {self._done:,}{of} {self._unit}, {rate:.1f} {self._unit}/s{left}",
             file=sys.stderr,
             flush=True,
         )
+
+
+class Stages:
+    """Progress of work whose parts follow one another: a new heading ends the bar of the one before.
+
+    with Stages() as report:
+        report("choosing λ", 12, 85, "fits")
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._verb, self._done = "", 0
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(kind, error, trace)
+            self._progress = None
+
+    def __call__(self, verb: str, num_done: int, total: int | None, unit: str) -> None:
+        """`num_done` of `total` units are done under this heading; None if nobody knows how many there are."""
+        if self._quiet:
+            return
+        if self._progress is None or verb != self._verb or num_done < self._done:
+            self.__exit__(None, None, None)
+            self._progress = Progress(verb, total=total, unit=unit).__enter__()
+            self._verb, self._done = verb, 0
+        self._progress.advance(num_done - self._done)
+        self._done = num_done
 
 
 class _RateColumn(ProgressColumn):

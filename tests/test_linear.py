@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from probe.config import FitLinearConfig
 from probe.errors import ConfigError, InputError, NumericalError
 from probe.linear import apply_head, check_finite, describe, fit_data, make_data
-from probe.probing.protocol import Curve
+from probe.probing.curve import Curve
 from probe.probing.scaling import Scaling
 
 NAMES = ("ant", "bee", "cat")
@@ -356,6 +356,6 @@ def test_one_standard_error_prefers_the_simpler():
     curve = Curve(accuracy, 1 - accuracy, np.array([50, 50]))
     assert curve.best("accuracy") == curve.best("nll") == 2
     assert curve.best("accuracy", one_standard_error=True) == 0
-    lines = curve.lines(np.array([3.0, 2.0, 1.0]))
+    lines = curve.lines({"penalty": np.array([3.0, 2.0, 1.0])})
     assert lines[2]["accuracy"] == pytest.approx(0.79)
     assert lines[2]["accuracy_se"] == pytest.approx(0.04)

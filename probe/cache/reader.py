@@ -168,7 +168,7 @@ class Cache:
         wanted = np.arange(len(self.table)) if rows is None else np.asarray(rows)
         out = np.empty((len(wanted), self.width(view)), np.float32)
         filled = 0
-        for at, block in self._blocks(view, wanted):
+        for at, block in self.blocks(view, wanted):
             out[_as_slice(at)] = block
             filled += len(at)
         assert filled == len(wanted)
@@ -186,8 +186,11 @@ class Cache:
         with ThreadPoolExecutor(_AHEAD) as pool:
             yield from _ahead(pool, lambda part: self.embeddings(view, part), parts)
 
-    def _blocks(self, view: str, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(positions in `wanted`, their embeddings), shard by shard."""
+    def blocks(self, view: str, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(positions in `wanted`, their embeddings as stored), shard by shard: each is read once, whatever the order.
+
+        Raises: InputError if there is no such view; CorruptError if a shard is damaged.
+        """
         shards = self._shard[wanted]
         order = np.argsort(shards, kind="stable")
         numbers, starts = np.unique(shards[order], return_index=True)

@@ -17,7 +17,7 @@ from probe.config import FitLinearConfig
 from probe.errors import InputError
 from probe.heads import TrainedHead, class_logits
 from probe.probing.convex import fit_convex
-from probe.probing.protocol import Data
+from probe.probing.protocol import Data, Report, silent
 from probe.probing.scaling import Scaling
 from probe.probing.solver import Problem
 from probe.splits import Splits, assign_folds
@@ -38,7 +38,7 @@ def draw(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(rows))
 
 
-def few_shot(config: FitLinearConfig, data: Data) -> list[dict[str, Any]]:
+def few_shot(config: FitLinearConfig, data: Data, report: Report = silent) -> list[dict[str, Any]]:
     """Accuracy with `shots` rows of each class: mean and deviation over seeds, and each seed's.
 
     Raises: InputError if a class has fewer rows than the most shots, naming it.
@@ -50,15 +50,18 @@ def few_shot(config: FitLinearConfig, data: Data) -> list[dict[str, Any]]:
             f"--shots {max(config.shots)} needs as many training rows of each class, but {', '.join(short)}. "
             "Ask for fewer shots, or add examples."
         )
-    table = []
+    table: list[dict[str, Any]] = []
     for shots in config.shots:
         counts = np.full(data.num_classes, shots)
-        accuracies = [_accuracy(config, data, counts, config.seed + i) for i in range(config.seeds)]
+        accuracies = []
+        for i in range(config.seeds):
+            report("few shots", len(table) * config.seeds + i, len(config.shots) * config.seeds, "heads")
+            accuracies.append(_accuracy(config, data, counts, config.seed + i))
         table.append({"shots": shots, **_summary(accuracies)})
     return table
 
 
-def learning_curve(config: FitLinearConfig, data: Data) -> dict[str, Any]:
+def learning_curve(config: FitLinearConfig, data: Data, report: Report = silent) -> dict[str, Any]:
     """Accuracy against the number of labels, and what twice and four times as many would give.
 
     The error is fitted as a + b·n^-c with a, b >= 0; the interval of an extrapolation is the middle 95 % of those
@@ -70,7 +73,10 @@ def learning_curve(config: FitLinearConfig, data: Data) -> dict[str, Any]:
     for step in reversed(range(_STEPS)):
         counts = np.maximum(available // 2**step, np.minimum(available, 2))
         if not points or counts.sum() > points[-1]["n"]:
-            accuracies = [_accuracy(config, data, counts, config.seed + i) for i in range(config.seeds)]
+            accuracies = []
+            for i in range(config.seeds):
+                report("learning curve", len(points) * config.seeds + i, None, "heads")
+                accuracies.append(_accuracy(config, data, counts, config.seed + i))
             points.append({"n": int(counts.sum()), **_summary(accuracies)})
     sizes = np.array([point["n"] for point in points], float)
     every = np.array([point["accuracies"] for point in points])
@@ -122,13 +128,13 @@ def _accuracy(config: FitLinearConfig, data: Data, counts: np.ndarray, seed: int
         view, head = fitted.view, fitted.head
     else:
         view, head = config.views[0], _fit_without_choice(config, data, train)
-    logits = np.asarray(class_logits(head.apply(data.embeddings[view][judged])))
+    logits = np.asarray(class_logits(head.apply(data.in_memory(view)[judged])))
     return float((logits.argmax(axis=1) == data.labels[judged]).mean())
 
 
 def _fit_without_choice(config: FitLinearConfig, data: Data, rows: np.ndarray) -> TrainedHead:
     """One row of each class: none can be left out, and λ is the features' mean variance."""
-    embeddings = data.embeddings[config.views[0]][rows]
+    embeddings = data.in_memory(config.views[0])[rows]
     scaling = Scaling.of(embeddings, config.scalings[0])
     problem = Problem(scaling.apply(embeddings), data.labels[rows], data.num_classes)
     return TrainedHead((), scaling.fold(problem.fit(problem.mean_variance).params))

@@ -7,9 +7,9 @@ A row's nearest neighbours by cosine vote for their classes with weight exp(cosi
 import numpy as np
 
 from probe.config import FitLinearConfig
-from probe.evaluation.choice import cross_fitted
 from probe.heads import TrainedHead, class_logits, neighbour_logits
-from probe.probing.protocol import Curve, Data, Fitted
+from probe.probing.curve import Curve, RowScores
+from probe.probing.protocol import Data, Fitted
 from probe.probing.scaling import unit_rows
 
 TEMPERATURE = 0.07
@@ -19,7 +19,7 @@ _COUNTS = (200, 100, 20, 10)  # k, the smoothest first: of equals it is taken
 def fit_knn(config: FitLinearConfig, data: Data) -> Fitted:
     """k by the leave-one-out accuracy of train, or by a given validation split; then all of it is the memory."""
     view, splits = config.views[0], data.splits
-    unit = unit_rows(data.embeddings[view]).astype(np.float32)
+    unit = unit_rows(data.in_memory(view)).astype(np.float32)
     judged_rows = splits.val if splits.val_is_given else splits.train
     labels = data.labels[judged_rows]
     available = len(splits.train) - (0 if splits.val_is_given else 1)
@@ -31,9 +31,17 @@ def fit_knn(config: FitLinearConfig, data: Data) -> Fitted:
         if not splits.val_is_given
         else [_logits(unit[splits.val], bank, bank_labels, data.num_classes, k) for k in counts]
     )
-    accuracy = (logits.argmax(axis=2) == labels).mean(axis=1)
-    nll = (np.logaddexp.reduce(logits, axis=2) - logits[:, np.arange(len(labels)), labels]).mean(axis=1)
-    best = Curve(accuracy[:, None], nll[:, None], np.array([len(labels)])).best(config.criterion)
+    scores = RowScores.of(logits, labels)
+
+    def choose(curve: Curve) -> int:
+        return curve.best(config.criterion, one_standard_error=config.one_standard_error)
+
+    curve = scores.curve()
+    best = choose(curve)
+    halves = scores.cross_fitted(labels, choose)
+    judged = np.empty_like(logits[0])
+    for pick, rows, _ in halves:
+        judged[rows] = logits[pick, rows]
     fitted_on = splits.train
     if splits.val_is_given and not config.no_refit:
         fitted_on = np.concatenate([splits.train, splits.val])
@@ -48,17 +56,15 @@ def fit_knn(config: FitLinearConfig, data: Data) -> Fitted:
         head=TrainedHead((), params),
         view=view,
         val_rows=judged_rows,
-        val_logits=cross_fitted(logits, labels),
+        val_logits=judged if halves else None,
         val_of="neighbours in train other than the row itself, k for each half of the rows chosen by the other half",
         out_of_fold=out_of_fold[best],
         facts={
             "fitted_on": "train" if len(fitted_on) == len(splits.train) else "train + val",
             "view": view,
             "num_neighbours": counts[best],
-            "curves": [
-                {"num_neighbours": k, "accuracy": float(a), "nll": float(n)}
-                for k, a, n in zip(counts, accuracy, nll, strict=True)
-            ],
+            "chosen_by": config.criterion + (", one standard error" if config.one_standard_error else ""),
+            "curves": curve.lines({"num_neighbours": np.array(counts)}),
         },
     )
 

@@ -1,8 +1,7 @@
-"""Many regularised logistic regressions side by side: the compiled heart of `probe.probing.solver`.
+"""Many regularised logistic regressions side by side, each down its own path of λ: the heart of `probe.probing.solver`.
 
-A *lane* is one problem: a fold that is left out, and (sigmoids) a label. All lanes run side by side, so that their
-columns share two wide matrix products per pass over the rows. Each walks down its own path of λ at its own pace:
-when it has converged it records what it found and goes on to the next λ from there, so no column waits for another.
+All lanes (`probe.probing.passes`) share the passes over the rows, and each walks at its own pace: when it has converged
+it records what it found and goes on to the next λ from there, so no column waits for another.
 
 Each lane runs L-BFGS. Its initial Hessian is α·S + λI, with S the second moment of the features (one D × D
 eigendecomposition) and α the mean of p(1 - p): Böhning's bound with the curvature that the data have in place of the
@@ -14,7 +13,8 @@ with Böhning's own constant for α, 93 (426) with an α per class, 81 (226) wit
 """
 
 import dataclasses
-import functools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,57 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from probe.probing.passes import Lanes, Rows, StreamedRows, Sums, evaluate, zero_sums
+
+Limits = tuple[Any, Any, Any, Any]  # gap_tolerance, bound_tolerance, target_norm, max_iterations, as `walk` has them
+Watch = Callable[[int, int, int], None]  # fits done, of how many, after how many passes
+
+_SECONDS = 0.5  # a program of several passes may take twice as long before the host has its word
 _MEMORY = 10  # L-BFGS pairs; 5 take 1.2 times the passes at 1e-6, 20 take 0.85 times
 _MAX_HALVINGS = 15  # of one line search, before a lane gives up at its λ
-
-
-@struct.dataclass
-class Rows:
-    """Rows on the device, in chunks of one shape [n, B]; a row that only fills a chunk up has weight 0.
-
-    features [n, B, D] float32; labels [n, B] int32 for a softmax, [n, B, C] of 0 and 1 for sigmoids; weights
-    [n, B]; folds [n, B] int32, the lane group that does not train on the row and is judged on it.
-    """
-
-    features: Any
-    labels: Any
-    weights: Any
-    folds: Any
-
-
-@struct.dataclass
-class Lanes:
-    """K problems that run side by side.
-
-    fold: [K] the fold that is left out (-1: none). label: [K] the column of `Rows.labels` (sigmoids).
-    total: [K] sum of the weights of the rows that train the lane. ratio: [K, D] what features must be multiplied
-    with to be scaled by the lane's own rows. penalties: [L, K] values of λ, falling.
-    eigenvalues [D], eigenvectors [D, D]: of the second moment of the features.
-    """
-
-    fold: Any
-    label: Any
-    total: Any
-    ratio: Any
-    penalties: Any
-    eigenvalues: Any
-    eigenvectors: Any
-
-
-@struct.dataclass
-class Sums:
-    """What one pass over the rows gives for weights U [K, D + 1, M]; every sum is divided by the lane's
-    total.
-
-    loss [K]; grad [K, D + 1, M]; curvature [K], the mean of p(1 - p); held_nll and held_correct [K], plain
-    sums over the rows of the lane's fold.
-    """
-
-    loss: Any
-    grad: Any
-    curvature: Any
-    held_nll: Any
-    held_correct: Any
 
 
 @struct.dataclass
@@ -94,8 +51,10 @@ class Path:
 
 
 @struct.dataclass
-class _State:
-    """weights, sums: of the last accepted point. step, direction: the trial is weights + step · direction.
+class State:
+    """Where all lanes are between two passes.
+
+    weights, sums: of the last accepted point. step, direction: the trial is weights + step · direction.
     steps, changes [K, m, D + 1, M]: the last moves and what the data's gradient changed by."""
 
     weights: Any
@@ -109,56 +68,6 @@ class _State:
     num_iterations: Any
     index: Any
     path: Path
-
-
-def _evaluate(chunks: Rows, lanes: Lanes, weights: jax.Array) -> Sums:
-    """One pass over rows that lie on the device."""
-
-    def add_chunk(sums: Sums, chunk: Rows) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, sums, _evaluate_chunk(chunk, lanes, weights)), None
-
-    sums, _ = jax.lax.scan(add_chunk, _zero_sums(weights), chunks)
-    return sums
-
-
-def _zero_sums(weights: jax.Array) -> Sums:
-    zeros = jnp.zeros(weights.shape[0], weights.dtype)
-    return Sums(zeros, jnp.zeros_like(weights), zeros, zeros, zeros)
-
-
-def _evaluate_chunk(chunk: Rows, lanes: Lanes, weights: jax.Array) -> Sums:
-    """The part of the sums that [B] rows contribute."""
-    num_lanes, width, num_outputs = weights.shape[0], weights.shape[1] - 1, weights.shape[2]
-    features = chunk.features.astype(weights.dtype)
-    kernel = (weights[:, :-1] * lanes.ratio[:, :, None]).transpose(1, 0, 2).reshape(width, -1)
-    product = jnp.matmul(features, kernel, precision="highest")
-    logits = product.reshape(-1, num_lanes, num_outputs) + weights[:, -1]
-    held = (chunk.folds[:, None] == lanes.fold) & (chunk.weights[:, None] > 0)
-    share = jnp.where(held, 0, chunk.weights[:, None].astype(weights.dtype)) / lanes.total  # [B, K]
-    if num_outputs == 1:
-        targets = chunk.labels[:, lanes.label, None].astype(weights.dtype)
-        nll = jnp.sum(jax.nn.softplus(logits) - targets * logits, axis=-1)
-        probs = jax.nn.sigmoid(logits)
-        correct = ((logits > 0) == (targets > 0))[..., 0]
-    else:
-        targets = (chunk.labels[:, None, None] == jnp.arange(num_outputs)).astype(weights.dtype)
-        highest = logits.max(axis=-1, keepdims=True)
-        exps = jnp.exp(logits - highest)
-        normalizer = exps.sum(axis=-1, keepdims=True)
-        probs = exps / normalizer
-        label_logits = jnp.sum(targets * logits, axis=-1)
-        nll = highest[..., 0] + jnp.log(normalizer[..., 0]) - label_logits
-        correct = label_logits >= highest[..., 0]
-    residuals = (probs - targets) * share[..., None]
-    grad = jnp.matmul(features.T, residuals.reshape(-1, num_lanes * num_outputs), precision="highest")
-    grad = grad.reshape(width, num_lanes, num_outputs).transpose(1, 0, 2) * lanes.ratio[:, :, None]
-    return Sums(
-        loss=jnp.sum(nll * share, axis=0),
-        grad=jnp.concatenate([grad, residuals.sum(axis=0)[:, None]], axis=1),
-        curvature=jnp.sum(jnp.mean(probs * (1 - probs), axis=-1) * share, axis=0),
-        held_nll=jnp.sum(jnp.where(held, nll, 0), axis=0),
-        held_correct=jnp.sum(held & correct, axis=0, dtype=weights.dtype),
-    )
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -198,7 +107,7 @@ def _precondition(lanes: Lanes, curvature: jax.Array, penalty: jax.Array, vector
     return jnp.concatenate([kernel, bias], axis=1)
 
 
-def _direction(state: _State, lanes: Lanes) -> jax.Array:
+def _direction(state: State, lanes: Lanes) -> jax.Array:
     """The L-BFGS step of each lane at its λ, by the two-loop recursion."""
     penalty = _penalty(lanes, state.index)
     lane = jnp.arange(len(penalty))
@@ -233,18 +142,20 @@ def _direction(state: _State, lanes: Lanes) -> jax.Array:
     return jnp.negative(jax.lax.fori_loop(0, _MEMORY, oldest_first, vector))
 
 
-def _trial(state: _State) -> jax.Array:
+def _trial_weights(state: State) -> jax.Array:
+    """[K, D + 1, M] at which the next pass is due."""
     return jnp.asarray(state.weights + _per_lane(state.step) * state.direction)
 
 
-def _start(lanes: Lanes, weights: jax.Array) -> _State:
+def _start_state(lanes: Lanes, weights: jax.Array) -> State:
+    """All lanes before their first pass, at weights [K, D + 1, M]."""
     num_penalties, num_lanes = lanes.penalties.shape
     none = jnp.zeros((num_penalties, num_lanes), weights.dtype)
     count = jnp.zeros(num_lanes, jnp.int32)
     history = jnp.zeros((num_lanes, _MEMORY, *weights.shape[1:]), weights.dtype)
-    return _State(
+    return State(
         weights=weights,
-        sums=_zero_sums(weights),
+        sums=zero_sums(weights),
         direction=jnp.zeros_like(weights),
         step=jnp.zeros(num_lanes, weights.dtype),
         steps=history,
@@ -267,17 +178,14 @@ def _start(lanes: Lanes, weights: jax.Array) -> _State:
 
 
 def _advance(
-    state: _State,
+    state: State,
     sums: Sums,
     lanes: Lanes,
-    gap_tolerance: Any,
-    bound_tolerance: Any,
-    target_norm: jax.Array,
-    max_iterations: Any,
-) -> _State:
+    limits: Limits,
+) -> State:
     """What follows from the sums at the trial: lanes accept it or shorten their step, and go on where converged."""
     penalty = _penalty(lanes, state.index)
-    trial, first = _trial(state), state.num_iterations < 0
+    trial, first = _trial_weights(state), state.num_iterations < 0
     before = _objective(state.weights, state.sums.loss, penalty)
     after = _objective(trial, sums.loss, penalty)
     slope_before = _dot(state.sums.grad + _penalised(state.weights, penalty), state.direction)
@@ -307,29 +215,21 @@ def _advance(
         step=jnp.where(accept, 1, shorter),
     )
     stale = accept | (state.num_halvings > _MAX_HALVINGS)
-    record = functools.partial(
-        _record,
-        lanes=lanes,
-        gap_tolerance=gap_tolerance,
-        bound_tolerance=bound_tolerance,
-        target_norm=target_norm,
-        max_iterations=max_iterations,
+    state, _ = jax.lax.while_loop(
+        lambda carry: jnp.any(carry[1]), lambda carry: _record(*carry, lanes, limits), (state, stale)
     )
-    state, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), lambda carry: record(*carry), (state, stale))
     return state
 
 
 def _record(
-    state: _State,
+    state: State,
     stale: jax.Array,
     lanes: Lanes,
-    gap_tolerance: Any,
-    bound_tolerance: Any,
-    target_norm: jax.Array,
-    max_iterations: Any,
-) -> tuple[_State, jax.Array]:
+    limits: Limits,
+) -> tuple[State, jax.Array]:
     """Gives the stale lanes a direction; those that are through with their λ write down what they found and take the
     next, which makes them stale once more. Returns the state, and which lanes these are."""
+    gap_tolerance, bound_tolerance, target_norm, max_iterations = limits
     penalty = _penalty(lanes, state.index)
     num_penalties = lanes.penalties.shape[0]
     moving = state.index < num_penalties
@@ -367,36 +267,66 @@ def _record(
     return state, through
 
 
-@jax.jit
 def walk(
-    rows: Rows,
+    rows: Rows | StreamedRows,
     lanes: Lanes,
-    start: jax.Array,
+    start: Any,
     gap_tolerance: Any,
     bound_tolerance: Any,
     target_norm: Any,
     max_iterations: Any,
+    watch: Watch | None = None,
 ) -> Path:
-    """All lanes down their paths, in one program.
+    """All lanes down their paths.
 
     Args:
       start: [K, D + 1, M]. gap_tolerance: of the gap that L-BFGS sees, and bound_tolerance of the one that is proven,
         as shares of the objective. target_norm: [K] of the gradient. max_iterations: at one λ.
+      watch: told now and then how many of the L × K fits are done.
     """
-
-    def one_pass(state: _State) -> _State:
-        sums = _evaluate(rows, lanes, _trial(state))
-        return _advance(state, sums, lanes, gap_tolerance, bound_tolerance, target_norm, max_iterations)
-
-    def unfinished(state: _State) -> jax.Array:
-        return jnp.any(state.index < lanes.penalties.shape[0])
-
-    path: Path = jax.lax.while_loop(unfinished, one_pass, _start(lanes, start)).path
+    limits = gap_tolerance, bound_tolerance, target_norm, max_iterations
+    state = _start(lanes, jnp.asarray(start))
+    at_once, num_passes = 1, 0
+    while (np.asarray(state.index) < lanes.penalties.shape[0]).any():
+        started = time.monotonic()
+        if isinstance(rows, Rows):
+            state = _some_passes(rows, lanes, state, limits, at_once)
+        else:
+            state = _after_pass(state, evaluate(rows, lanes, _trial(state)), lanes, limits)
+        num_passes += at_once
+        if watch is not None:
+            watch(int(np.asarray(state.index).sum()), lanes.penalties.size, num_passes)
+        if isinstance(rows, Rows) and time.monotonic() - started < _SECONDS:
+            at_once *= 2
+    path: Path = state.path
     return path
 
 
 @jax.jit
-def gradient(rows: Rows, lanes: Lanes, weights: jax.Array) -> jax.Array:
+def _some_passes(rows: Rows, lanes: Lanes, state: State, limits: Limits, num: Any) -> State:
+    """At most `num` passes in one program: the host has a word in between, for an interrupt or to tell of progress."""
+
+    def one_pass(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        state, left = carry
+        return _advance(state, evaluate(rows, lanes, _trial_weights(state)), lanes, limits), left - 1
+
+    def unfinished(carry: tuple[State, jax.Array]) -> jax.Array:
+        return jnp.any(carry[0].index < lanes.penalties.shape[0]) & (carry[1] > 0)
+
+    last: State = jax.lax.while_loop(unfinished, one_pass, (state, jnp.asarray(num, jnp.int32)))[0]
+    return last
+
+
+_start = jax.jit(_start_state)
+_trial = jax.jit(_trial_weights)
+_after_pass = jax.jit(_advance)
+
+
+def gradient(rows: Rows | StreamedRows, lanes: Lanes, weights: Any) -> jax.Array:
     """Gradient [K, D + 1, M] of the loss, without the penalty."""
-    grad: jax.Array = _evaluate(rows, lanes, weights).grad
+    sums = _whole_pass(rows, lanes, weights) if isinstance(rows, Rows) else evaluate(rows, lanes, jnp.asarray(weights))
+    grad: jax.Array = sums.grad
     return grad
+
+
+_whole_pass = jax.jit(evaluate)

@@ -24,7 +24,7 @@ def fit_mlp(config: FitLinearConfig, data: Data) -> Fitted:
     There is no second fit: the number of epochs that suits train would not be the one that suits more rows.
     """
     view, splits = config.views[0], data.splits
-    embeddings = data.embeddings[view]
+    embeddings = data.in_memory(view)
     scaling = Scaling.of(embeddings[splits.train], config.scalings[0])
     features, labels = scaling.apply(embeddings[splits.train]), data.labels[splits.train]
     module = make_head(num_logits(data.num_classes), config.hidden)

@@ -1,25 +1,40 @@
-"""What every head of `fit-linear` is given and gives back, and how one of many candidates is chosen."""
+"""What every head of `fit-linear` is given and gives back."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from probe.config import FitLinearConfig
+from probe.errors import ConfigError
 from probe.heads import TrainedHead
+from probe.probing.features import Features
 from probe.splits import Splits
+
+Report = Callable[[str, int, int | None, str], None]  # what is done, how many, of how many (None: unknown), of what
+
+
+def silent(what: str, num_done: int, num: int | None, unit: str) -> None:
+    """A report that nobody hears."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """embeddings: view name to [N, D] float32; labels: [N] integers or [N, C] bool; folds: [N] which fold leaves a
-    training row out, -1 for one that is never left out; class_names: of the C classes."""
+    """embeddings: view name to [N, D] float32, in memory or streamed; labels: [N] integers or [N, C] bool; folds: [N]
+    which fold leaves a training row out, -1 for one that is never left out; class_names: of the C classes."""
 
-    embeddings: Mapping[str, np.ndarray]
+    embeddings: Mapping[str, Features]
     labels: np.ndarray
     splits: Splits
     folds: np.ndarray
     class_names: tuple[str, ...]
+
+    def in_memory(self, view: str) -> np.ndarray:
+        """The embeddings of a view, for what cannot stream them."""
+        embeddings = self.embeddings[view]
+        assert isinstance(embeddings, np.ndarray), "fit_linear streams only for heads that can"
+        return embeddings
 
     @property
     def num_classes(self) -> int:
@@ -50,42 +65,23 @@ class Fitted:
     warnings: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """Scores of L candidates, the simplest first, on F parts of the rows: accuracy and nll [L, F], count [F]."""
+def row_weights(config: FitLinearConfig, data: Data, rows: np.ndarray) -> np.ndarray:
+    """[n] how much each row counts, by its class: as often as others where balanced, or as said.
 
-    accuracy: np.ndarray
-    nll: np.ndarray
-    count: np.ndarray
-
-    def best(self, criterion: str, *, without: int | None = None, one_standard_error: bool = False) -> int:
-        """The candidate with the best mean over rows; of equals by the other score, then the simplest.
-
-        Args:
-          criterion: "accuracy" or "nll".
-          without: a part of the rows that has no say.
-          one_standard_error: take the simplest whose score is within a standard error of the best one's (Breiman et
-            al. 1984); with one part alone there is no such error.
-        """
-        parts = np.arange(len(self.count)) != (-1 if without is None else without)
-        accuracy, nll = (np.average(s[:, parts], axis=1, weights=self.count[parts]) for s in (self.accuracy, self.nll))
-        # Parts weigh whole numbers of rows: equal counts of right answers must be equal shares, not nearly.
-        first, second = (-accuracy.round(12), nll) if criterion == "accuracy" else (nll, -accuracy.round(12))
-        best = min(range(len(nll)), key=lambda i: (first[i], second[i]))
-        if one_standard_error and parts.sum() > 1:
-            scores = (-self.accuracy if criterion == "accuracy" else self.nll)[:, parts]
-            error = scores[best].std(ddof=1) / np.sqrt(parts.sum())
-            best = int(np.argmax(first <= first[best] + error))
-        return best
-
-    def lines(self, penalties: np.ndarray) -> list[dict[str, float | None]]:
-        """For metrics.json: mean over rows and standard error over parts, by λ."""
-        several = len(self.count) > 1
-        table = []
-        for i, penalty in enumerate(penalties):
-            line: dict[str, float | None] = {"penalty": float(penalty)}
-            for name, scores in (("accuracy", self.accuracy[i]), ("nll", self.nll[i])):
-                line[name] = float(np.average(scores, weights=self.count))
-                line[f"{name}_se"] = float(scores.std(ddof=1) / np.sqrt(len(scores))) if several else None
-            table.append(line)
-        return table
+    Raises: ConfigError for a weight of a class that there is not.
+    """
+    if not config.class_weights:
+        return np.ones(len(rows))
+    by_class = np.ones(data.num_classes)
+    if config.class_weights == ("balanced",):
+        by_class = len(data.splits.train) / (
+            data.num_classes * np.bincount(data.labels[data.splits.train], minlength=data.num_classes)
+        )
+    else:
+        for item in config.class_weights:
+            name, _, weight = item.rpartition("=")
+            if name not in data.class_names:
+                known = ", ".join(map(repr, data.class_names))
+                raise ConfigError(f"--class-weights {item}: no class {name!r}; there are {known}")
+            by_class[data.class_names.index(name)] = float(weight)
+    return np.asarray(by_class[data.labels[rows]])

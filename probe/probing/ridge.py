@@ -1,41 +1,49 @@
 """`--solver ridge`: least squares on one-hot labels, in closed form for every λ at once.
 
-Minimises Σ_i ‖x_i W + b - y_i‖² / N + λ‖W‖², bias free. One eigendecomposition of the features' second moment serves
-all λ, and the exact leave-one-out answer of each row needs no second fit: it is the fitted one with its residual
-divided by one minus the row's leverage (Allen's PRESS). Scores are no log-odds: a temperature makes them such.
+Minimises Σ_i r_i·‖x_i W + b - y_i‖² / R + λ‖W‖², bias free, with r_i the weight of row i and R their sum. One
+eigendecomposition of the features' second moment serves all λ, and the exact leave-one-out answer of each row needs no
+second fit: it is the fitted one with its residual divided by one minus the row's leverage (Allen's PRESS). Scores are
+no log-odds: a temperature makes them such. With several labels a row, a label is given from a score of a half on.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
 from probe.config import FitLinearConfig
 from probe.evaluation.calibration import fit_temperature
-from probe.evaluation.choice import cross_fitted
 from probe.heads import TrainedHead
-from probe.probing.protocol import Curve, Data, Fitted
+from probe.probing.curve import Curve, RowScores, beyond, edge_warning
+from probe.probing.protocol import Data, Fitted, row_weights
 from probe.probing.scaling import Scaling
+
+Answer = Callable[[float], np.ndarray]  # λ -> [N, C] scores
 
 
 class Ridge:
-    """Ridge regression on [N, D] centred features and [N, C] targets, for any λ."""
+    """Ridge regression on [N, D] features and [N, C] targets, rows weighing [N] (default: 1), for any λ."""
 
-    def __init__(self, features: np.ndarray, targets: np.ndarray) -> None:
+    def __init__(self, features: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> None:
         features = np.asarray(features, np.float64)
-        self._mean = targets.mean(axis=0)
+        weights = np.ones(len(features)) if weights is None else weights
+        self._share = weights / weights.sum()
+        self._centre, self._mean = self._share @ features, self._share @ targets
         self._residuals_at_zero = targets - self._mean
-        second_moment = features.T @ features / len(features)
-        eigenvalues, self._basis = np.linalg.eigh(second_moment)
+        centred = features - self._centre
+        eigenvalues, self._basis = np.linalg.eigh((centred * self._share[:, None]).T @ centred)
         self._eigenvalues = np.maximum(eigenvalues, 0)
-        self._rotated = features @ self._basis
-        self._moments = self._rotated.T @ self._residuals_at_zero / len(features)
+        self._rotated = centred @ self._basis
+        self._moments = self._rotated.T @ (self._residuals_at_zero * self._share[:, None])
 
     def head(self, penalty: float) -> tuple[np.ndarray, np.ndarray]:
         """Kernel [D, C] and bias [C]."""
-        return self._basis @ (self._moments * self._shrinkage(penalty)), self._mean
+        kernel = self._basis @ (self._moments * self._shrinkage(penalty))
+        return kernel, self._mean - self._centre @ kernel
 
     def left_out(self, penalty: float) -> np.ndarray:
-        """[N, C] the answer to each row by the fit of all others at the same λ·N."""
+        """[N, C] the answer to each row by the fit of all others at the same λ·R."""
         shrinkage = self._shrinkage(penalty)
-        leverage = (1 + self._rotated**2 @ shrinkage[:, 0]) / len(self._rotated)
+        leverage = self._share * (1 + self._rotated**2 @ shrinkage[:, 0])
         residuals = self._residuals_at_zero - self._rotated @ (self._moments * shrinkage)
         answers: np.ndarray = self._mean + self._residuals_at_zero - residuals / (1 - leverage)[:, None]
         return answers
@@ -52,43 +60,51 @@ class Ridge:
 def fit_ridge(config: FitLinearConfig, data: Data) -> Fitted:
     """λ by the leave-one-out error of train, or by a given validation split, and then a fit of all of it."""
     view, kind, splits = config.views[0], config.scalings[0], data.splits
-    embeddings = data.embeddings[view]
-    one_hot = np.eye(data.num_classes)[data.labels]
-    scaling = Scaling.of(embeddings[splits.train], kind)
-    ridge = Ridge(scaling.apply(embeddings[splits.train]), one_hot[splits.train])
-    grid = np.array(sorted(config.penalties, reverse=True)) if config.penalties else np.logspace(1, -7, 17)
-    penalties = grid if config.penalties else grid * ridge.mean_variance
-    judged_rows = splits.val if splits.val_is_given else splits.train
-    if splits.val_is_given:
-        heads = [ridge.head(penalty) for penalty in penalties]
-        features = scaling.apply(embeddings[splits.val])
-        scores = np.stack([features @ kernel + bias for kernel, bias in heads])
-    else:
-        scores = np.stack([ridge.left_out(penalty) for penalty in penalties])
-    labels = data.labels[judged_rows]
-    accuracy = (scores.argmax(axis=2) == labels).mean(axis=1)
-    error = ((scores - one_hot[judged_rows]) ** 2).sum(axis=2).mean(axis=1)
-    curve = Curve(accuracy[:, None], error[:, None], np.array([len(labels)]))
-    best = curve.best(config.criterion)
+    embeddings, labels, given = data.in_memory(view), data.labels, splits.val_is_given
+    targets = labels.astype(np.float64) if data.multi_label else np.eye(data.num_classes)[labels]
+    scaling, ridge = _fitted(config, data, splits.train, targets)
+    val_features = scaling.apply(embeddings[splits.val])
+
+    def on_val(penalty: float) -> np.ndarray:
+        kernel, bias = ridge.head(penalty)
+        return np.asarray(val_features @ kernel + bias)
+
+    def choose(curve: Curve) -> int:
+        criterion = "nll" if data.multi_label else config.criterion
+        return curve.best(criterion, one_standard_error=config.one_standard_error)
+
+    judged_rows, answer = (splits.val, on_val) if given else (splits.train, ridge.left_out)
+    penalties, scores = _scores(config, ridge.mean_variance, choose, answer, labels[judged_rows], targets[judged_rows])
+    curve = scores.curve()
+    best = choose(curve)
     penalty = float(penalties[best])
-    out_of_fold = ridge.left_out(penalty)
-    temperature = fit_temperature(out_of_fold, data.labels[splits.train])
+    out_of_fold = _log_odds(ridge.left_out(penalty), data)
+    temperature = fit_temperature(out_of_fold, labels[splits.train])
+
+    halves = scores.cross_fitted(labels[judged_rows], choose)
+    val_logits = np.empty((len(judged_rows), data.num_classes), np.float32) if halves else None
+    for pick, rows, others in halves:
+        # What makes log-odds of the scores comes, as λ does, from rows that are not judged here.
+        of_pick, told_by = ridge.left_out(penalties[pick]), slice(None) if given else others
+        found = fit_temperature(_log_odds(of_pick[told_by], data), labels[splits.train][told_by])
+        assert val_logits is not None
+        val_logits[rows] = _log_odds((answer(penalties[pick]) if given else of_pick)[rows], data) / found
+
     fitted_on = splits.train
-    if splits.val_is_given and not config.no_refit:
+    if given and not config.no_refit:
         fitted_on = np.concatenate([splits.train, splits.val])
-        scaling = Scaling.of(embeddings[fitted_on], kind)
-        ridge = Ridge(scaling.apply(embeddings[fitted_on]), one_hot[fitted_on])
-        penalty *= len(splits.train) / len(fitted_on)
-    kernel, bias = (part / temperature for part in ridge.head(penalty))
-    if data.num_classes == 2:
+        scaling, ridge = _fitted(config, data, fitted_on, targets)
+        penalty *= row_weights(config, data, splits.train).sum() / row_weights(config, data, fitted_on).sum()
+    kernel, bias = ridge.head(penalty)
+    kernel, bias = kernel / temperature, (bias - 0.5 if data.multi_label else bias) / temperature
+    if data.num_classes == 2 and not data.multi_label:
         kernel, bias = kernel[:, 1:] - kernel[:, :1], bias[1:] - bias[:1]
-    val_logits = cross_fitted(scores / temperature, labels)
     return Fitted(
         head=TrainedHead((), scaling.fold({"kernel": kernel, "bias": bias})),
         view=view,
         val_rows=judged_rows,
         val_logits=val_logits,
-        val_of=("heads that train alone gave" if splits.val_is_given else "heads that were fitted without the row")
+        val_of=("heads that train alone gave" if given else "heads that were fitted without the row")
         + ", each half of the rows judged by what the other half chose",
         out_of_fold=(out_of_fold / temperature).astype(np.float32),
         facts={
@@ -98,15 +114,58 @@ def fit_ridge(config: FitLinearConfig, data: Data) -> Fitted:
             "solver": "ridge",
             "penalty": penalty,
             "temperature": temperature,
+            "chosen_by": ("accuracy" if config.criterion == "accuracy" and not data.multi_label else "squared error")
+            + (", one standard error" if config.one_standard_error else ""),
             "curves": [
                 {
                     "view": view,
                     "scaling": kind,
-                    "points": [
-                        {"penalty": float(p), "accuracy": float(a), "squared_error": float(e)}
-                        for p, a, e in zip(penalties, accuracy, error, strict=True)
-                    ],
+                    "points": curve.lines({"penalty": penalties}, loss="squared_error"),
                 }
             ],
         },
+        warnings=edge_warning(penalties, best),
     )
+
+
+def _fitted(config: FitLinearConfig, data: Data, rows: np.ndarray, targets: np.ndarray) -> tuple[Scaling, Ridge]:
+    embeddings = data.in_memory(config.views[0])[rows]
+    scaling = Scaling.of(embeddings, config.scalings[0])
+    return scaling, Ridge(scaling.apply(embeddings), targets[rows], row_weights(config, data, rows))
+
+
+def _scores(
+    config: FitLinearConfig,
+    mean_variance: float,
+    choose: Callable[[Curve], int],
+    answer: Answer,
+    labels: np.ndarray,
+    targets: np.ndarray,
+) -> tuple[np.ndarray, RowScores]:
+    """Values of λ, falling, and what each makes of each row: those asked for, or a grid about the mean variance,
+    continued where its edge is best."""
+
+    def of(penalties: np.ndarray) -> RowScores:
+        hits, losses = np.empty((2, len(penalties), len(labels)))
+        for i, penalty in enumerate(penalties):
+            scores = answer(penalty)
+            right = ((scores >= 0.5) == labels).mean(axis=1) if labels.ndim == 2 else scores.argmax(axis=1) == labels
+            hits[i], losses[i] = right, ((scores - targets) ** 2).sum(axis=1)
+        return RowScores(hits, losses)
+
+    if config.penalties:
+        penalties = np.array(sorted(config.penalties, reverse=True))
+        return penalties, of(penalties)
+    penalties = np.logspace(1, -7, 17) * mean_variance
+    scores = of(penalties)
+    best = choose(scores.curve())
+    more = beyond(penalties, best)
+    parts = [(more, of(more)), (penalties, scores)]
+    (first, a), (second, b) = parts if best == 0 else parts[::-1]
+    together = RowScores(np.concatenate([a.hits, b.hits]), np.concatenate([a.losses, b.losses]))
+    return np.concatenate([first, second]), together
+
+
+def _log_odds(scores: np.ndarray, data: Data) -> np.ndarray:
+    """Scores so shifted that a label is given from 0 on; those of classes that exclude each other stay."""
+    return scores - 0.5 if data.multi_label else scores

@@ -1,11 +1,12 @@
 """How embeddings become the features that a head is fitted on, and how that is undone in its weights."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from probe.heads import Params, fold_scaling
+from probe.probing.features import Features, Stream, pieces
 
 Kind = Literal["standard", "l2", "none"]
 _CONSTANT = 1e-6  # a deviation below this share of the mean is float32's rounding, not a feature
@@ -24,20 +25,31 @@ class Scaling:
     scale: np.ndarray
 
     @classmethod
-    def of(cls, embeddings: np.ndarray, kind: Kind) -> "Scaling":
-        """From the statistics of [N, D] embeddings, the fitted rows alone."""
-        rows = unit_rows(embeddings) if kind == "l2" else embeddings
-        mean = rows.mean(axis=0, dtype=np.float64)
+    def of(cls, embeddings: Features, kind: Kind) -> "Scaling":
+        """From the statistics of [N, D] embeddings, the fitted rows alone, in one pass (Chan et al. 1983)."""
+        count, mean, squares = 0, np.zeros(embeddings.shape[1]), np.zeros(embeddings.shape[1])
+        for _, part in pieces(embeddings):
+            rows = unit_rows(part) if kind == "l2" else part
+            shift = rows.mean(axis=0, dtype=np.float64) - mean
+            share = len(rows) / (count + len(rows))
+            squares += len(rows) * rows.var(axis=0, dtype=np.float64) + count * share * shift**2
+            mean, count = mean + share * shift, count + len(rows)
         if kind != "standard":
             return cls(kind == "l2", mean, np.ones_like(mean))
-        deviation = rows.std(axis=0, dtype=np.float64)
+        deviation = np.sqrt(squares / count)
         return cls(False, mean, np.where(deviation > _CONSTANT * np.abs(mean), deviation, 0))
 
-    def apply(self, embeddings: np.ndarray) -> np.ndarray:
-        """[N, D] float32 features, computed in float64 and rounded once."""
+    @overload
+    def apply(self, embeddings: np.ndarray) -> np.ndarray: ...
+    @overload
+    def apply(self, embeddings: Features) -> Features: ...
+    def apply(self, embeddings: Features) -> Features:
+        """[N, D] float32 features, computed in float64 and rounded once; of a stream, as they are read."""
+        if isinstance(embeddings, Stream):
+            return dataclasses.replace(embeddings, transform=self.apply)
         rows = unit_rows(embeddings) if self.unit_norm else embeddings
-        centred = rows - self.mean
-        scaled = np.divide(centred, self.scale, out=np.zeros_like(centred), where=self.scale > 0)
+        scaled = rows - self.mean
+        scaled /= np.where(self.scale > 0, self.scale, np.inf)
         return np.asarray(scaled, np.float32)
 
     def fold(self, params: Params) -> Params:

@@ -9,7 +9,7 @@ Biases are free of the penalty. Softmax biases are known only up to a constant; 
 optimum is unique and can be compared. How it is done: `probe.probing.lanes`.
 
 Paths run in float32, which is enough to rank λ. The final fit runs in float64, since near the optimum the objective
-changes by less than float32 can tell. Features are stored once, in float32.
+changes by less than float32 can tell. Features are stored once, in float32, or streamed (`probe.probing.passes`).
 """
 
 import dataclasses
@@ -23,9 +23,12 @@ import numpy as np
 
 from probe.errors import NumericalError
 from probe.heads import num_logits
-from probe.probing.lanes import Lanes, Path, Rows, gradient, walk
+from probe.probing.features import Features, Stream, pieces
+from probe.probing.lanes import Path, Watch, gradient, walk
+from probe.probing.passes import Lanes, Rows, StreamedRows
 
 _CHUNK = 2048  # rows whose logits for 500 columns (4 MB) stay in the cache: 172 GFLOP/s; 138 with 8,192
+_STREAMED = 512  # rows at a time where memory is short: with 1,024 features a pass in float64 takes some 30 MB
 _PROVEN = 1e-6  # share of the objective by which a converged fit may be above the optimum, proven by its gradient
 
 
@@ -78,13 +81,23 @@ class FoldPath:
     num_iterations: np.ndarray
     converged: np.ndarray
 
+    def first(self, num: int) -> "FoldPath":
+        """The path of the first `num` values of λ."""
+        every = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return FoldPath(*(values if values is self.count else values[:num] for values in every))
+
+    def then(self, other: "FoldPath") -> "FoldPath":
+        """This path and that of further values of λ, for the same folds."""
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in dataclasses.fields(self))
+        return FoldPath(*(a if a is self.count else np.concatenate([a, b]) for a, b in pairs))
+
 
 class Problem:
-    """Rows and classes of which heads are fitted, on the device once for all folds and all λ."""
+    """Rows and classes of which heads are fitted: on the device once for all folds and all λ, or streamed."""
 
     def __init__(
         self,
-        features: np.ndarray,
+        features: Features,
         labels: np.ndarray,
         num_classes: int,
         *,
@@ -93,7 +106,8 @@ class Problem:
         standardise_folds: bool = False,
     ) -> None:
         """Args:
-        features: [N, D], centred, stored in float32. labels: [N] integers, or [N, C] bool: several labels a row.
+        features: [N, D], centred, stored in float32, or a stream of them. labels: [N] integers, or [N, C] bool: several
+          labels a row.
         num_classes: C. weights: [N], 0 for a row that nothing trains on (default: 1).
         folds: [N] integers; a row is judged by the lane that leaves its fold out and trains all others (default: 0).
         standardise_folds: each lane divides the features by the deviations of its own rows, and its penalty is on
@@ -102,23 +116,32 @@ class Problem:
         num_rows, self._width = features.shape
         self._weights = np.ones(num_rows) if weights is None else weights
         self._folds = np.zeros(num_rows, np.int32) if folds is None else folds
-        self._features = features if standardise_folds else None
+        self._features, self._standardise_folds = features, standardise_folds
         self._multi_label = labels.ndim == 2
         self._num_outputs = 1 if self._multi_label else num_logits(num_classes)
         self._num_labels = num_classes if self._multi_label else 1
         if self._num_outputs == 1 and not self._multi_label:
             labels = labels[:, None]
+        self._labels = labels
         chunk = min(_CHUNK, 1 << max(6, (num_rows - 1).bit_length()))
-        self._rows = Rows(
-            features=_chunked(features, chunk, np.float32),
-            labels=_chunked(labels, chunk, np.int32),
-            weights=_chunked(self._weights, chunk, np.float32),
-            folds=_chunked(self._folds, chunk, np.int32),
-        )
+        self._rows: Rows | StreamedRows
+        if isinstance(features, Stream):
+            chunk = min(chunk, _STREAMED)
+            self._rows = StreamedRows(features, labels, self._weights, self._folds, chunk)
+        else:
+            self._rows = Rows(
+                features=_chunked(features, chunk, np.float32),
+                labels=_chunked(labels, chunk, np.int32),
+                weights=_chunked(self._weights, chunk, np.float32),
+                folds=_chunked(self._folds, chunk, np.int32),
+            )
+        self._fold_sums: dict[int, np.ndarray] = {}
         second_moment = np.zeros((self._width, self._width))
-        for start in range(0, num_rows, chunk):
-            part = features[start : start + chunk].astype(np.float32)
-            second_moment += (part * self._weights[start : start + chunk, None].astype(np.float32)).T @ part
+        for at, values in pieces(features, chunk):
+            part = values.astype(np.float32)
+            second_moment += (part * self._weights[at, None].astype(np.float32)).T @ part
+            if standardise_folds:
+                self._add_to_folds(part.astype(np.float64), self._folds[at], self._weights[at] > 0)
         self._eigenvalues, self._eigenvectors = np.linalg.eigh(second_moment / self._weights.sum())
         self.mean_variance = float(self._eigenvalues.mean())
 
@@ -130,6 +153,7 @@ class Problem:
         start: np.ndarray | None = None,
         tolerance: float = 1e-5,
         max_iterations: int = 300,
+        watch: Watch | None = None,
     ) -> FoldPath:
         """Fits a head for each λ and each fold left out, in float32.
 
@@ -140,6 +164,7 @@ class Problem:
           tolerance: of the gap to the optimum, as a share of the objective. On three sets of 4,000 x 128 x 20, 1e-5
             picks of 20 λ the one that 1e-7 picks, by loss and by accuracy, and moves no held-out loss by more than
             0.2 %; 1e-4 takes half the passes, picked a neighbour in two of the six, and moves losses by up to 0.8 %.
+          watch: told now and then how many fits are done.
         """
         ratio = self._ratios(left_out)
         lanes = self._lanes(np.asarray(penalties, np.float64)[:, None], np.asarray(left_out), ratio, np.float32)
@@ -154,7 +179,7 @@ class Problem:
             np.full(num_lanes, np.inf, np.float32),
             np.int32(max_iterations),
         )
-        found: Path = jax.tree.map(np.asarray, walk(self._rows, lanes, weights.astype(np.float32), *limits))
+        found: Path = jax.tree.map(np.asarray, walk(self._rows, lanes, weights.astype(np.float32), *limits, watch))
         count = np.array([np.sum((self._folds == fold) & (self._weights > 0)) for fold in left_out])
 
         def per_fold(values: np.ndarray) -> np.ndarray:
@@ -180,6 +205,7 @@ class Problem:
         gap_tolerance: float = 1e-9,
         gradient_tolerance: float = 1e-6,
         max_iterations: int = 2000,
+        watch: Watch | None = None,
     ) -> Solution:
         """Fits one head to all rows, to a certified optimum in float64.
 
@@ -187,6 +213,7 @@ class Problem:
           penalty: λ. start: [D + 1, M or C] head to start from, bias last.
           gap_tolerance: of the gap to the optimum, as a share of the objective.
           gradient_tolerance: of the gradient's norm, as a share of its norm at zero.
+          watch: told now and then how many passes there were.
         Raises: NumericalError if λ is 0 and the classes can be separated.
         """
         num_iterations = 0
@@ -198,7 +225,7 @@ class Problem:
         if penalty == 0:
             self._check_not_separated(weights)
         solution, weights = self._certified(
-            weights, penalty, gap_tolerance, gradient_tolerance, max_iterations, num_iterations
+            weights, penalty, gap_tolerance, gradient_tolerance, max_iterations, num_iterations, watch
         )
         if penalty == 0:
             self._check_not_separated(weights)
@@ -223,6 +250,7 @@ class Problem:
         gradient_tolerance: float,
         max_iterations: int,
         num_iterations: int,
+        watch: Watch | None = None,
     ) -> tuple[Solution, np.ndarray]:
         """At most `max_iterations` further from `weights`, in float64, and the lanes' weights at the end."""
         with jax.enable_x64(True):  # for these calls: the rest of the program stays in float32
@@ -231,7 +259,7 @@ class Problem:
             initial = np.sqrt(np.sum(at_zero**2, axis=(1, 2)))
             target = gradient_tolerance * initial
             limits = gap_tolerance, _PROVEN, target, max_iterations
-            path = walk(self._rows, lanes, weights.astype(np.float64), *limits)
+            path = walk(self._rows, lanes, weights.astype(np.float64), *limits, watch)
             path = jax.tree.map(lambda leaf: np.asarray(leaf)[0], path)
         kernel, bias = path.weights[:, :-1], path.weights[:, -1]
         if self._num_outputs > 1:  # the optimum is centred; what is left of it are rounding errors
@@ -256,39 +284,42 @@ class Problem:
 
     def _check_not_separated(self, weights: np.ndarray) -> None:
         """Raises NumericalError if these heads answer every row rightly: larger ones would do so at less loss."""
-        features = np.asarray(self._rows.features).reshape(-1, self._width)
-        labels = np.asarray(self._rows.labels)
-        real = np.asarray(self._rows.weights).ravel() > 0
-        for lane, head in enumerate(weights):
-            logits = features[real] @ head[:-1] + head[-1]
-            if self._num_outputs == 1:
-                right = (logits[:, 0] > 0) == labels.reshape(len(features), -1)[real, lane]
-                separated = bool(right.all() and (logits != 0).all())
-            else:
-                true = np.take_along_axis(logits, labels.ravel()[real, None], axis=1)
-                separated = bool(((logits >= true).sum(axis=1) == 1).all())
-            if separated:
-                raise NumericalError(
-                    "the classes can be separated, so at λ = 0 the weights grow for ever and there is no optimum. "
-                    "Give a λ above 0."
-                )
+        separated = np.ones(len(weights), bool)
+        for at, part in pieces(self._features, _STREAMED):
+            real = self._weights[at] > 0
+            features, labels = part[real].astype(np.float32), self._labels[at[real]]
+            for lane, head in enumerate(weights):
+                logits = features @ head[:-1] + head[-1]
+                if self._num_outputs == 1:
+                    separated[lane] &= np.all(((logits[:, 0] > 0) == labels[:, lane]) & (logits[:, 0] != 0))
+                else:
+                    true = np.take_along_axis(logits, labels[:, None], axis=1)
+                    separated[lane] &= np.all((logits >= true).sum(axis=1) == 1)
+            if not separated.any():
+                return
+        raise NumericalError(
+            "the classes can be separated, so at λ = 0 the weights grow for ever and there is no optimum. "
+            "Give a λ above 0."
+        )
+
+    def _add_to_folds(self, features: np.ndarray, folds: np.ndarray, used: np.ndarray) -> None:
+        """Number, sums and sums of squares of the rows that train, by fold, each [D]."""
+        for fold in np.unique(folds).tolist():
+            part = features[used & (folds == fold)]
+            sums = np.stack([np.full(self._width, len(part)), part.sum(axis=0), (part**2).sum(axis=0)])
+            self._fold_sums[fold] = self._fold_sums.get(fold, 0) + sums
 
     def _ratios(self, left_out: Sequence[int]) -> np.ndarray:
         """[F, D] by what a lane multiplies the features, to have them divided by its own rows' deviations."""
-        if self._features is None:
+        if not self._standardise_folds:
             return np.ones((len(left_out), self._width))
-        used = self._weights > 0
-        sums = {}
-        for fold in np.unique(self._folds):
-            part = self._features[used & (self._folds == fold)].astype(np.float64)
-            sums[int(fold)] = np.stack([np.full(self._width, len(part)), part.sum(axis=0), (part**2).sum(axis=0)])
-        total = np.sum(list(sums.values()), axis=0)
+        total = np.sum(list(self._fold_sums.values()), axis=0)
 
         def deviations(count: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
             return np.asarray(np.sqrt(np.maximum(second / count - (first / count) ** 2, 0)))
 
         every = deviations(*total)
-        own = np.stack([deviations(*(total - sums.get(int(fold), 0))) for fold in left_out])
+        own = np.stack([deviations(*(total - self._fold_sums.get(int(fold), 0))) for fold in left_out])
         return np.asarray(np.divide(1, own, out=np.zeros_like(own), where=own > 1e-6 * every))
 
     def _lanes(self, penalties: np.ndarray, left_out: np.ndarray, ratio: np.ndarray, dtype: Any) -> Lanes:
