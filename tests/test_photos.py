@@ -35,7 +35,9 @@ def metrics_of(run: Path) -> dict:
 
 def test_linear_head_gets_190_of_200(cache: Path, tmp_path: Path) -> None:
     assert main(["fit-linear", str(cache), "--out", str(tmp_path / "run")]) == 0
-    test = metrics_of(tmp_path / "run")["splits"]["test"]
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["warnings"] == []
+    test = metrics["splits"]["test"]
     assert test["n"] == 200
     assert test["accuracy"] >= 0.95
 

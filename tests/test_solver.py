@@ -120,6 +120,27 @@ def test_lanes_are_the_fits_without_their_fold(several):
             assert path.count[fold] == 30
 
 
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_rows_that_are_right_beyond_doubt_keep_their_digits(num_classes):
+    """1 - p of p next to 1 is float32's rounding: a path over separable classes stalled on it, at λ below 1e-4."""
+    features, labels = problem(num_classes, num_rows=600)
+    folds = np.arange(600) // num_classes % 3
+    features += np.eye(WIDTH, dtype=np.float32)[labels + 2] * 8
+    features -= features.mean(axis=0)
+    solver = Problem(features, labels, num_classes, folds=folds)
+    path = solver.path(np.logspace(1, -8, 10).tolist(), [0, 1, 2])
+    assert path.converged.all()
+    assert path.nll[-1].mean() < 1e-4
+    exact = solver.fit(1e-8)
+    head = np.concatenate([exact.kernel, exact.bias[None]]).astype(np.float32)
+    again = solver.path([1e-8], [0], start=head[None], max_iterations=0)
+    logits = features.astype(np.float64) @ head[:-1] + head[-1]
+    logits = np.pad(logits, ((0, 0), (1, 0))) if num_classes == 2 else logits
+    others = logits - logits[np.arange(600), labels][:, None]
+    nll = np.log1p(np.where(np.arange(num_classes) == labels[:, None], 0, np.exp(others)).sum(axis=1))
+    assert again.nll[0, 0] == pytest.approx(nll[folds == 0].mean(), rel=1e-4)
+
+
 def test_weights_are_as_good_as_repeated_rows():
     features, labels = problem(3)
     times = np.arange(60) % 3

@@ -282,9 +282,18 @@ def _to_c(penalty: float, total: float) -> float | None:
 
 def _warnings(chosen: _Search, best: int, solution: Solution) -> tuple[str, ...]:
     found = [*edge_warning(chosen.penalties, best)]
-    if not chosen.path.converged.all():
-        num = int((~chosen.path.converged).sum())
-        found.append(f"{num} of {chosen.path.converged.size} fits that choose λ did not converge: raise the smallest λ")
+    fits = chosen.path.converged
+    if not fits.all():
+        near = fits[max(best - 1, 0) : best + 2]
+        touched = (
+            f"{int((~near).sum())} of them at the λ chosen or next to it, so that another choice may be as good"
+            if not near.all()
+            else "none of them at the λ chosen or next to it, where the choice is made"
+        )
+        found.append(
+            f"{int((~fits).sum())} of {fits.size} fits that choose λ did not converge, {touched}: "
+            "leave out the smallest λ with --penalties, or standardise the features"
+        )
     if not solution.converged:
         found.append(
             f"the final fit did not converge: its objective is some {solution.gap:.1e} above the optimum "

@@ -125,21 +125,26 @@ def _evaluate_chunk(chunk: Rows, lanes: Lanes, weights: jax.Array) -> Sums:
     logits = product.reshape(-1, num_lanes, num_outputs) + weights[:, -1]
     held = (chunk.folds[:, None] == lanes.fold) & (chunk.weights[:, None] > 0)
     share = jnp.where(held, 0, chunk.weights[:, None].astype(weights.dtype)) / lanes.total  # [B, K]
+    # What an answer lacks is summed up as such: 1 - p of a row that is right beyond doubt would be float32's rounding.
     if num_outputs == 1:
-        targets = chunk.labels[:, lanes.label, None].astype(weights.dtype)
-        nll = jnp.sum(jax.nn.softplus(logits) - targets * logits, axis=-1)
-        probs = jax.nn.sigmoid(logits)
-        correct = ((logits > 0) == (targets > 0))[..., 0]
+        targets = chunk.labels[:, lanes.label, None] > 0
+        wrong = jnp.where(targets, -logits, logits)  # the logit of the wrong answer
+        nll = jax.nn.softplus(wrong)[..., 0]
+        probs = jax.nn.sigmoid(wrong)
+        residuals = jnp.where(targets, -probs, probs)
+        correct = ((logits > 0) == targets)[..., 0]
     else:
-        targets = (chunk.labels[:, None, None] == jnp.arange(num_outputs)).astype(weights.dtype)
+        targets = chunk.labels[:, None, None] == jnp.arange(num_outputs)
         highest = logits.max(axis=-1, keepdims=True)
         exps = jnp.exp(logits - highest)
+        others = jnp.sum(jnp.where(targets, 0, exps), axis=-1, keepdims=True)
         normalizer = exps.sum(axis=-1, keepdims=True)
         probs = exps / normalizer
-        label_logits = jnp.sum(targets * logits, axis=-1)
-        nll = highest[..., 0] + jnp.log(normalizer[..., 0]) - label_logits
-        correct = label_logits >= highest[..., 0]
-    residuals = (probs - targets) * share[..., None]
+        residuals = jnp.where(targets, -others, exps) / normalizer
+        behind = (highest - jnp.sum(jnp.where(targets, logits, 0), axis=-1, keepdims=True))[..., 0]
+        correct = behind <= 0
+        nll = behind + jnp.where(correct, jnp.log1p(others[..., 0]), jnp.log(normalizer[..., 0]))
+    residuals *= share[..., None]
     grad = jnp.matmul(features.T, residuals.reshape(-1, num_lanes * num_outputs), precision="highest")
     grad = grad.reshape(width, num_lanes, num_outputs).transpose(1, 0, 2) * lanes.ratio[:, :, None]
     return Sums(
