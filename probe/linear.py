@@ -96,16 +96,17 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
 def open_embeddings(config: FitLinearConfig, cache: Cache) -> tuple[dict[str, Features], list[str]]:
     """The embeddings of each view asked for, streamed where a fit would take too much memory, and a note of that.
 
-    Raises: ConfigError if they would have to be streamed, and what was asked for cannot.
+    Raises: ConfigError if --max-memory says that they must be streamed, and what was asked for cannot.
     """
     limit = _machine_memory() / 2 if config.max_memory is None else config.max_memory * 1e9
     needed = _COPIES * 4 * len(cache.table) * sum(cache.width(view) for view in config.views)
-    if needed <= limit:
+    streamable = config.head == "linear" and config.solver == "lbfgs" and not (config.shots or config.learning_curve)
+    if needed <= limit or (not streamable and config.max_memory is None):
         return {view: cache.embeddings(view) for view in config.views}, []
     too_large = (
         f"a fit of all embeddings takes some {needed / 1e9:.2g} GB of memory, and --max-memory is {limit / 1e9:.2g}"
     )
-    if config.head != "linear" or config.solver != "lbfgs" or config.shots or config.learning_curve:
+    if not streamable:
         raise ConfigError(
             f"{too_large}: read in parts, they can be fitted with --head linear and --solver lbfgs, without --shots "
             "and --learning-curve. Ask for that, or give more memory."
