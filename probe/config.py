@@ -234,7 +234,7 @@ class FitLinearConfig:
     """Widths of the MLP's hidden layers."""
     solver: Literal["lbfgs", "sklearn", "ridge"] = "lbfgs"
     """Who solves the linear head: ours in JAX, scikit-learn's LogisticRegression on the same objective (λ is chosen by
-    ours all the same), or least squares in closed form."""
+    ours all the same), or least squares in closed form, with exact leave-one-out answers."""
     views: tuple[Literal["pooler", "projected"], ...] = ("pooler",)
     """Which embeddings to fit; of several the best on validation."""
     scalings: tuple[Literal["standard", "l2", "none"], ...] = ("standard",)
@@ -287,13 +287,11 @@ class FitLinearConfig:
             _require(len(self.hidden) > 0, "hidden", "one width or more with --head mlp", self.hidden)
         _require(len(self.views) > 0, "views", "one view or more", self.views)
         _require(len(self.scalings) > 0, "scalings", "one scaling or more", self.scalings)
-        searched = self.head == "linear" and self.solver != "ridge"
-        if not searched:
+        self._refuse_what_the_head_ignores()
+        if (self.head, self.solver) not in (("linear", "lbfgs"), ("linear", "sklearn")):
             for option in ("views", "scalings"):
-                _require(
-                    len(getattr(self, option)) == 1, option, "a single one except with lbfgs", getattr(self, option)
-                )
-            _require(not self.class_weights, "class-weights", "left out except with lbfgs", self.class_weights)
+                chosen = getattr(self, option)
+                _require(len(chosen) == 1, option, "a single one except with --solver lbfgs or sklearn", chosen)
         _require(
             all(0 <= p < math.inf for p in self.penalties), "penalties", "zero or more, and finite", self.penalties
         )
@@ -307,9 +305,6 @@ class FitLinearConfig:
         _require(all(shots >= 1 for shots in self.shots), "shots", "numbers of at least 1", self.shots)
         _require(self.seed >= 0, "seed", "zero or more", self.seed)
         _require(self.seeds >= 1, "seeds", "at least 1", self.seeds)
-        if not searched:
-            _require(not self.shots, "shots", "left out except with lbfgs", self.shots)
-            _require(not self.learning_curve, "learning-curve", "left out except with lbfgs", self.learning_curve)
         _require(self.folds >= 2, "folds", "at least 2", self.folds)
         _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)
         _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
@@ -317,6 +312,29 @@ class FitLinearConfig:
         _positive("learning-rate", self.learning_rate)
         if self.max_memory is not None:
             _positive("max-memory", self.max_memory)
+
+    def _refuse_what_the_head_ignores(self) -> None:
+        """Raises ConfigError for options that are set and would change nothing."""
+        kind = self.solver if self.head == "linear" else self.head
+        for kinds, options in _OPTIONS_OF_HEADS.items():
+            if kind in kinds.split():
+                continue
+            for option in options.split():
+                default = next(field.default for field in dataclasses.fields(self) if field.name == option)
+                if getattr(self, option) != default:
+                    asked = f"--solver {kind}" if self.head == "linear" and kind != "lbfgs" else f"--head {self.head}"
+                    of = ", ".join(f"--head {k}" if k in ("mlp", "knn") else f"--solver {k}" for k in kinds.split())
+                    name = "--" + option.replace("_", "-")
+                    raise ConfigError(f"{name} changes nothing with {asked}: it belongs to {of}. Leave it out.")
+
+
+_OPTIONS_OF_HEADS = {  # `FitLinearConfig`: which solvers of the linear head, and which other heads, heed an option
+    "mlp": "hidden val_fraction epochs batch_size learning_rate",
+    "lbfgs sklearn": "shots learning_curve folds",
+    "lbfgs sklearn ridge": "solver penalties class_weights",
+    "lbfgs sklearn ridge mlp": "scalings",
+    "lbfgs sklearn ridge knn": "criterion one_standard_error no_refit",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -143,11 +143,10 @@ def make_data(
       splits, groups: [N] of text, as `splits.resolve_splits` takes them.
     Raises: InputError where nothing can be learned or nothing can be left out.
     """
-    linear = config.head == "linear" and config.solver != "ridge"
-    if labels.ndim == 2 and (not linear or config.class_weights or config.shots or config.learning_curve):
+    if labels.ndim == 2 and (config.head != "linear" or config.class_weights or config.shots or config.learning_curve):
         raise ConfigError(
-            "rows with several labels need --head linear with --solver lbfgs or sklearn, and none of --class-weights, "
-            "--shots and --learning-curve"
+            "rows with several labels need --head linear, and none of --class-weights (a row has one weight, and its "
+            "labels would ask for several), --shots and --learning-curve"
         )
     resolved = resolve_splits(
         labels,

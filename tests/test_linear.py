@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import Ridge as SklearnRidge
 
 from probe.config import FitLinearConfig
 from probe.errors import ConfigError, InputError, NumericalError
 from probe.linear import apply_head, check_finite, describe, fit_data, make_data
-from probe.probing.curve import Curve
+from probe.probing.curve import Curve, RowScores, beyond
+from probe.probing.ridge import Ridge
 from probe.probing.scaling import Scaling
 
 NAMES = ("ant", "bee", "cat")
@@ -196,13 +198,15 @@ def test_class_weights_are_those_of_scikit_learn():
         )
 
 
-def test_rows_with_several_labels():
+@pytest.mark.parametrize("solver", ["lbfgs", "ridge"])
+def test_rows_with_several_labels(solver):
     embeddings, labels, splits = arrays()
     sets = np.stack([labels == 0, labels > 0, embeddings[:, 0] > 5], axis=1)
     for num_val in (0, 30):
         splits[:30] = "val" if num_val else "train"
-        data, fitted, metrics = run(config(), embeddings, sets, splits)
-        assert metrics["solution"]["converged"]
+        data, fitted, metrics = run(config(solver=solver), embeddings, sets, splits)
+        assert solver == "ridge" or metrics["solution"]["converged"]
+        assert metrics["splits"]["val"]["n"] == (num_val or 90)
         assert fitted.head.params["kernel"].shape == (6, 3)
         test = data.splits.test
         right = ((apply_head(fitted, data, test) > 0) == sets[test]).mean()
@@ -212,21 +216,42 @@ def test_rows_with_several_labels():
         assert describe(metrics)
 
 
-def test_leave_one_out_of_ridge_is_exact():
-    from probe.probing.ridge import Ridge
+@settings(max_examples=25, deadline=None)
+@given(
+    weighted=st.booleans(),
+    several=st.booleans(),
+    penalty=st.floats(-8, 2),
+    num_rows=st.integers(4, 20),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_ridge_and_its_leave_one_out_are_scikit_learns(weighted, several, penalty, num_rows, seed):
+    """All rows, and all but each row, by fits of their own."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(num_rows, 5)) + 1
+    targets = rng.random((num_rows, 3)) < 0.5 if several else np.eye(3)[rng.integers(0, 3, num_rows)]
+    weights = rng.uniform(0.1, 3, num_rows) if weighted else np.ones(num_rows)
+    ridge = Ridge(features, targets.astype(float), weights)
+    reference = SklearnRidge(alpha=10.0**penalty * weights.sum(), solver="svd")  # C is held, as the sum of weights is
+    kernel, bias = ridge.head(10.0**penalty)
+    reference.fit(features, targets, sample_weight=weights)
+    np.testing.assert_allclose(features @ kernel + bias, reference.predict(features), atol=1e-6)
+    answers = ridge.left_out(10.0**penalty)
+    for row in range(num_rows):
+        rest = np.arange(num_rows) != row
+        reference.fit(features[rest], targets[rest], sample_weight=weights[rest])
+        # Without the row few rows may determine the fit barely: what then differs is divided by λ
+        np.testing.assert_allclose(answers[row], reference.predict(features[row : row + 1])[0], rtol=1e-4, atol=1e-4)
 
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(20, 5))
-    features -= features.mean(axis=0)
-    targets = np.eye(3)[np.arange(20) % 3]
-    for penalty in (1e-8, 0.1, 10.0):
-        answers = Ridge(features, targets).left_out(penalty)
-        for row in range(20):
-            rest = np.arange(20) != row
-            mean = features[rest].mean(axis=0)
-            # the penalty holds λ·N, as C is held
-            kernel, bias = Ridge(features[rest] - mean, targets[rest]).head(penalty * 20 / 19)
-            np.testing.assert_allclose(answers[row], (features[row] - mean) @ kernel + bias, atol=1e-8)
+
+def test_ridge_heeds_class_weights():
+    embeddings, labels, splits = arrays(num_val=30)
+    shares = []
+    for weight in ("0.2", "5"):
+        options = config(solver="ridge", class_weights=(f"bee={weight}",), penalties=SHORT)
+        data, fitted, metrics = run(options, embeddings, labels, splits)
+        shares.append((apply_head(fitted, data, data.splits.test).argmax(axis=1) == 1).mean())
+        assert metrics["fitted_on"] == "train + val"
+    assert shares[0] < shares[1]
 
 
 @pytest.mark.parametrize("num_val", [0, 30])
@@ -322,7 +347,16 @@ def test_embeddings_that_are_not_finite_are_named():
         ({"views": ()}, "--views"),
         ({"head": "knn", "scalings": ("l2", "none")}, "--scalings"),
         ({"class_weights": ("ant",)}, "--class-weights"),
-        ({"solver": "ridge", "class_weights": ("balanced",)}, "--class-weights"),
+        ({"solver": "ridge", "shots": (1,)}, "--shots changes nothing with --solver ridge"),
+        ({"solver": "ridge", "views": ("pooler", "projected")}, "--views"),
+        ({"hidden": (8,)}, "--hidden changes nothing with --head linear: it belongs to --head mlp"),
+        ({"epochs": 3}, "--epochs"),
+        ({"head": "knn", "penalties": (1.0,)}, "--penalties changes nothing with --head knn"),
+        ({"head": "knn", "scalings": ("l2",)}, "--scalings"),
+        ({"head": "knn", "solver": "ridge"}, "--solver"),
+        ({"head": "mlp", "criterion": "nll"}, "--criterion"),
+        ({"head": "mlp", "one_standard_error": True}, "--one-standard-error"),
+        ({"head": "mlp", "folds": 3}, "--folds"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, option):
@@ -359,3 +393,47 @@ def test_one_standard_error_prefers_the_simpler():
     lines = curve.lines({"penalty": np.array([3.0, 2.0, 1.0])})
     assert lines[2]["accuracy"] == pytest.approx(0.79)
     assert lines[2]["accuracy_se"] == pytest.approx(0.04)
+
+
+def test_one_standard_error_over_rows_where_there_is_one_part():
+    hits = np.zeros((3, 100))
+    hits[0, :88], hits[1, :60], hits[2, :90] = 1, 1, 1  # 0.88 is within 0.03 of 0.90
+    scores = RowScores(hits, 1 - hits)
+    curve = scores.curve()
+    for criterion in ("accuracy", "nll"):
+        assert curve.best(criterion) == 2
+        assert curve.best(criterion, one_standard_error=True) == 0
+    error = np.sqrt(0.9 * 0.1 / 99)
+    assert curve.lines({"k": np.arange(3)})[2]["accuracy_se"] == pytest.approx(error)
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "ridge"}, {"head": "knn"}], ids=["lbfgs", "ridge", "knn"])
+@pytest.mark.parametrize("num_val", [0, 40])
+def test_one_standard_error_takes_a_simpler_head(options, num_val):
+    rng = np.random.default_rng(3)
+    labels = np.arange(140) % 2
+    embeddings = (rng.normal(size=(140, 5)) + 0.8 * labels[:, None]).astype(np.float32)
+    splits = np.where(np.arange(140) < num_val, "val", "train")
+    found = []
+    for simpler in (False, True):
+        _, _, metrics = run(config(one_standard_error=simpler, criterion="nll", **options), embeddings, labels, splits)
+        found.append(metrics.get("num_neighbours") or metrics["penalty"])
+        assert ("one standard error" in metrics["chosen_by"]) == simpler
+    assert found[1] >= found[0]
+    if not options:
+        assert found[1] > found[0]
+
+
+def test_a_grid_is_continued_where_its_edge_is_best():
+    grid = np.logspace(1, -7, 17)
+    np.testing.assert_allclose(beyond(grid, 0), np.logspace(3, 1.5, 4))
+    np.testing.assert_allclose(beyond(grid, 16), np.logspace(-7.5, -9, 4))
+    assert not len(beyond(grid, 8))
+    embeddings, labels, splits = arrays()
+    noise = np.random.default_rng(0).normal(size=embeddings.shape).astype(np.float32)
+    for options in ({}, {"solver": "ridge"}):
+        _, _, metrics = run(config(criterion="nll", **options), noise, labels, splits)
+        penalties = [point["penalty"] for point in metrics["curves"][0]["points"]]
+        assert penalties == sorted(penalties, reverse=True)
+        assert len(penalties) == 21
+        assert penalties[0] == pytest.approx(1e10 * penalties[-1])
