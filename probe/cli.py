@@ -43,6 +43,7 @@ _Command = (
     | Annotated[configs.PredictConfig, subcommand("predict", prefix_name=False)]
     | Annotated[configs.CompareConfig, subcommand("compare", prefix_name=False)]
     | Annotated[configs.ReportConfig, subcommand("report", prefix_name=False)]
+    | Annotated[configs.DoctorConfig, subcommand("doctor", prefix_name=False)]
     | Annotated[_Cache, subcommand("cache", description="List, verify, join and exchange caches.", prefix_name=False)]
 )
 
@@ -146,6 +147,10 @@ def _verb_of(config: object) -> tuple[_Verb, _Describe]:
             from probe import report
 
             return report.report, report.describe
+        case configs.DoctorConfig():
+            from probe import doctor
+
+            return doctor.doctor, doctor.describe
         case configs.CacheLsConfig():
             from probe import cache_tools
 

@@ -559,3 +559,15 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if self.num_workers is not None:
             _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Measure this machine: what it can do, what bounds `embed` on it, and what would make it faster."""
+
+    backbone: IfGiven[str] = None
+    """Hub id or folder: how many images a second the machine allows for it, and what each precision changes."""
+    images: IfGiven[Path] = None
+    """Folder, archive or manifest of images to measure with (if not given: two photos that scikit-learn brings)."""
+    json: Flag = False
+    """Print the measurements to stdout as JSON."""

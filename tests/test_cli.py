@@ -46,7 +46,7 @@ def test_help_loads_no_jax_and_answers_at_once() -> None:
     assert min(seconds) < 0.5  # the best of five: the others waited for a busy machine
 
 
-@pytest.mark.parametrize("verb", ["embed", "fit-linear", "finetune", "predict", "compare"])
+@pytest.mark.parametrize("verb", ["embed", "fit-linear", "finetune", "predict", "compare", "doctor"])
 def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, verb, "--help")
     assert code == 0
