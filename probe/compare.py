@@ -40,7 +40,7 @@ def describe(result: dict[str, Any]) -> str:
     """The comparison as lines for people."""
     lines = [
         f"A = {result['run_a']}, B = {result['run_b']}: {result['n']:,} {result['split']} rows. "
-        "Differences are B - A, with 95 % intervals of the paired bootstrap."
+        "Differences are B - A, with 95 % intervals of the paired bootstrap (accuracy: Bonett and Price)."
     ]
     for name, line in result["figures"].items():
         if line["difference"] is not None:

@@ -144,7 +144,7 @@ def test_a_run_and_itself(tmp_path):
     assert result["mcnemar"] == {"only_a_correct": 0, "only_b_correct": 0, "p_value": 1}
     low, high = result["figures"]["accuracy"]["interval_95"]
     assert low == -high
-    assert 0.05 < high < 0.07  # Wilson's upper bound of 0 in 60 disagreements
+    assert high == pytest.approx(1.96 * np.sqrt(2) / 62, rel=1e-4)  # one disagreement of each kind in 60 + 2 rows
     assert result["figures"]["nll"]["interval_95"] == [0, 0]
     assert "no class shows a difference" in describe(result)
     assert "better" not in describe(result)

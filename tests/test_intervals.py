@@ -2,8 +2,15 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from probe.evaluation.intervals import bootstrap_interval, resample_counts, share_interval, wilson_interval
+from probe.evaluation.intervals import (
+    bootstrap_interval,
+    paired_interval,
+    resample_counts,
+    share_interval,
+    wilson_interval,
+)
 
 
 def test_wilson_interval():
@@ -63,3 +70,25 @@ def test_bootstrap_interval_leaves_out_samples_without_the_figure():
 def test_bootstrap_interval_contains_the_figure():
     low, high = bootstrap_interval(np.array([2.0, 3.0, 4.0]), 1.0)
     assert low <= 1 <= high
+
+
+@pytest.mark.parametrize(("gained", "lost", "won"), [(4, 0, False), (10, 0, True), (20, 12, False), (0, 10, False)])
+def test_the_paired_interval(gained, lost, won):
+    right_a, right_b = np.zeros(100, bool), np.zeros(100, bool)
+    right_a[:lost] = True
+    right_b[lost : lost + gained] = True
+    low, high = paired_interval(right_a, right_b)
+    assert low < (gained - lost) / 100 < high
+    assert (low > 0) == won
+    # Where it excludes 0, the exact McNemar test agrees.
+    assert not won or stats.binomtest(gained, gained + lost).pvalue < 0.05
+
+
+def test_the_paired_interval_keeps_its_level():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        kinds = rng.choice(4, size=60, p=[0.7, 0.15, 0.1, 0.05])
+        low, high = paired_interval((kinds == 0) | (kinds == 1), (kinds == 0) | (kinds == 2))
+        covered += low <= -0.05 <= high
+    assert covered >= 930

@@ -1,7 +1,6 @@
 """The verdict on a fine-tuning: choices, cross-fitted, and a comparison that a useless model does not win."""
 
 import numpy as np
-import pytest
 from scipy import stats
 
 from probe.evaluation.choice import best_candidate
@@ -84,25 +83,3 @@ def test_weights_are_kept_of_every_epoch_that_may_be_asked_for():
 
         verdict.judge(val_logits, labels, noted, verdict.ALPHAS)
         assert asked <= verdict.epochs_wanted(val_logits, labels)
-
-
-@pytest.mark.parametrize(("gained", "lost", "won"), [(4, 0, False), (10, 0, True), (20, 12, False), (0, 10, False)])
-def test_the_paired_interval(gained, lost, won):
-    right_a, right_b = np.zeros(100, bool), np.zeros(100, bool)
-    right_a[:lost] = True
-    right_b[lost : lost + gained] = True
-    low, high = verdict.paired_interval(right_a, right_b)
-    assert low < (gained - lost) / 100 < high
-    assert (low > 0) == won
-    # Where it excludes 0, the exact McNemar test agrees.
-    assert not won or stats.binomtest(gained, gained + lost).pvalue < 0.05
-
-
-def test_the_interval_keeps_its_level():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(1000):
-        kinds = rng.choice(4, size=60, p=[0.7, 0.15, 0.1, 0.05])
-        low, high = verdict.paired_interval((kinds == 0) | (kinds == 1), (kinds == 0) | (kinds == 2))
-        covered += low <= -0.05 <= high
-    assert covered >= 930

@@ -40,6 +40,20 @@ def share_interval(num_correct: int, num_examples: int) -> list[float]:
     return [float(stats.binom.ppf(q, num_examples, share)) / num_examples for q in (0.025, 0.975)]
 
 
+def paired_interval(right_a: np.ndarray, right_b: np.ndarray) -> list[float]:
+    """95 % interval of the accuracy of B minus that of A on the same N rows, [N] bool each.
+
+    A bootstrap takes 4 rows that only B gets right, of 100, for certain; the exact McNemar test gives them p
+    0.125.
+    Source: Bonett & Price 2012, J. Educ. Behav. Stat. 37(4): a row is added to each kind of disagreement.
+    """
+    total = len(right_a) + 2
+    gained = float(np.sum(right_b & ~right_a) + 1) / total
+    lost = float(np.sum(right_a & ~right_b) + 1) / total
+    half_width = Z95 * math.sqrt((gained + lost - (gained - lost) ** 2) / total)
+    return [max(-1.0, gained - lost - half_width), min(1.0, gained - lost + half_width)]
+
+
 def bootstrap_interval(samples: np.ndarray, value: float) -> list[float] | None:
     """95 % interval of a figure from its bootstrap samples: bias-corrected percentiles.
 

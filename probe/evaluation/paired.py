@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from probe.evaluation.figures import LOSSES, Figures
-from probe.evaluation.intervals import bootstrap_interval, resample_counts, wilson_interval
+from probe.evaluation.intervals import bootstrap_interval, paired_interval, resample_counts, wilson_interval
 
 
 def compare_answers(
@@ -22,8 +22,8 @@ def compare_answers(
     Returns: n; figures: name to {"a", "b", "difference", "interval_95"}; mcnemar: {"only_a_correct",
       "only_b_correct", "p_value"}, the exact two-sided probability that chance divides these rows as unevenly;
       per_class: name to {"n", "accuracy_a", "accuracy_b", "difference", "interval_95"}.
-      A difference is B - A; its interval is of the paired bootstrap, both on the same resampled rows. None is what
-      these rows cannot say.
+      A difference is B - A; its interval is of the paired bootstrap, both on the same resampled rows, and accuracy's
+      is `paired_interval`, which says the same of a fine-tuning's verdict. None is what these rows cannot say.
     """
     a, b = (Figures.of(logits, np.asarray(labels)) for logits in (logits_a, logits_b))
     asked, right_a = a.answers_by_class()
@@ -41,6 +41,8 @@ def compare_answers(
         samples = np.concatenate([chunk[name] for chunk in figures])
         num_answers = 0 if name in LOSSES else a.num_answers(name)
         compared[name] = _difference(value_a[name], value_b[name], samples, num_answers)
+
+    compared["accuracy"]["interval_95"] = paired_interval(a.correct, b.correct)
 
     per_class = {}
     num_asked, num_right_a, num_right_b = (np.asarray(which.sum(axis=0)).ravel() for which in (asked, right_a, right_b))

@@ -7,7 +7,6 @@ other half chose.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 
 from probe.evaluation.choice import best_candidate, halves, score
-from probe.evaluation.intervals import Z95
+from probe.evaluation.intervals import paired_interval
 
 ALPHAS = tuple(step / 10 for step in range(11))
 
@@ -97,17 +96,3 @@ def compare(start: np.ndarray, candidate: np.ndarray, labels: np.ndarray) -> dic
         "nll_difference": nll - nll_start,
         "won": low > 0,
     }
-
-
-def paired_interval(right_a: np.ndarray, right_b: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the accuracy of B minus that of A on the same N rows, [N] bool each.
-
-    A bootstrap takes 4 rows that only B gets right, of 100, for certain; the exact McNemar test gives them p
-    0.125.
-    Source: Bonett & Price 2012, J. Educ. Behav. Stat. 37(4): a row is added to each kind of disagreement.
-    """
-    total = len(right_a) + 2
-    gained = float(np.sum(right_b & ~right_a) + 1) / total
-    lost = float(np.sum(right_a & ~right_b) + 1) / total
-    half_width = Z95 * math.sqrt((gained + lost - (gained - lost) ** 2) / total)
-    return max(-1.0, gained - lost - half_width), min(1.0, gained - lost + half_width)
