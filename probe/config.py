@@ -342,7 +342,7 @@ class FinetuneConfig:
     """Train backbone and head end to end, parts at their own rates."""
 
     images: Annotated[Positional[Path], arg(metavar="IMAGES")]
-    """Folder of images: root/class/* or root/{train,val,test}/class/*."""
+    """Folders root/class/* or root/{train,val,test}/class/*, a manifest, tar shards, or what else `embed` takes."""
     backbone: str
     """Hub id, optionally @revision, or a local folder in Hugging Face layout."""
     out: Path
@@ -415,7 +415,7 @@ class FinetuneConfig:
     """Share of the target spread evenly over all classes."""
     image_size: IfGiven[int] = None
     """Height and width of the images; position embeddings are interpolated (if not given: the checkpoint's)."""
-    views: int | None = None
+    views: IfGiven[int] = None
     """Augmented pictures of each training image, epoch after epoch in turn (if not given: new ones in every epoch)."""
     cache_prefix: str = "auto"
     """Compute the frozen blocks below the first one that learns once, and keep what they give on the disk: auto, where
@@ -430,7 +430,7 @@ class FinetuneConfig:
     """With several devices: divide weights and optimizer state over them instead of copying them."""
     checkpoint_every: int = 500
     """Steps between checkpoints, besides those after each epoch; 0: none at all."""
-    tensorboard: Path | None = None
+    tensorboard: IfGiven[Path] = None
     """Folder to write TensorBoard's event files to, epoch by epoch (needs the extra tensorboard)."""
     resume: Flag = False
     """Go on with a run that was cut off, to the bit."""
@@ -440,6 +440,16 @@ class FinetuneConfig:
     """Copy the backbone into the run folder even if it was not changed."""
     no_report: Flag = False
     """Do not write report.html into the run folder; `probe report` writes it later."""
+    image_root: IfGiven[Path] = None
+    """What a manifest's paths are relative to (if not given: the folder that it is in)."""
+    path_column: IfGiven[str] = None
+    """Column of a manifest that names the image (if not given: path or file_name)."""
+    label_column: UseAppendAction[tuple[str, ...]] = ()
+    """Column with the class or classes (if not given: label); several, by giving the option again, say yes or no."""
+    split_column: IfGiven[str] = None
+    """Column with train, val or test (if not given: split, where there is one)."""
+    group_column: IfGiven[str] = None
+    """Column of what must stay on one side of a split, as a patient (if not given: group, where there is one)."""
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable image does: be left out and reported, or end the run."""
     num_workers: IfGiven[int] = None

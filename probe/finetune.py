@@ -22,12 +22,12 @@ from probe.backbones import Backbone, load_backbone
 from probe.backbones.resize import resize_backbone
 from probe.cache import Cache
 from probe.config import FinetuneConfig, to_json
-from probe.errors import ConfigError, MismatchError
+from probe.errors import ConfigError, InputError, MismatchError
 from probe.evaluation import predictions
 from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import TrainedHead
 from probe.reporting.page import report_saved_run
-from probe.sources import check_labels, display_name, open_source
+from probe.sources import Columns, check_labels, display_name, open_source
 from probe.sources.origin import describe_origin
 from probe.splits import Splits, resolve_splits
 from probe.training import optim, train, verdict
@@ -57,7 +57,15 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     if config.tensorboard is not None:
         import_tensorboardx()
     options_of(config, AugmentConfig)
-    source = open_source(config.images)
+    columns = Columns(
+        path=config.path_column, labels=config.label_column, split=config.split_column, group=config.group_column
+    )
+    source = open_source(config.images, columns=columns, image_root=config.image_root)
+    if source.multi_label:
+        raise InputError(
+            f"{config.images}: images with several labels: fine-tuning takes one label each. `probe embed` and "
+            "`probe fit-linear` take several."
+        )
     check_labels(source)
     loaded = load_backbone(config.backbone)
     given, seen_by_start = _given_head(config, source.class_names, loaded)
@@ -208,6 +216,10 @@ def _given_head(
     if run.class_names != class_names:
         ours, theirs = sorted(class_names), sorted(run.class_names)
         faults.append(f"its classes are {theirs}, those of {config.images} are {ours}")
+    if run.multi_label:
+        faults.append("it gives an image several labels")
+    if run.head.params.keys() & {"bank", "unit_norm"}:
+        faults.append("its head is a vote of neighbours, or divides embeddings by their norm, and cannot be trained on")
     if run.view != VIEW:
         faults.append(f"its head reads the view {run.view!r}, fine-tuning uses {VIEW!r}")
     if run.backbone.fingerprint != backbone.fingerprint:

@@ -15,11 +15,12 @@ import pytest
 
 from probe import bundle
 from probe.backbones import load_backbone
-from probe.config import EmbedConfig, FinetuneConfig
+from probe.config import EmbedConfig, FinetuneConfig, FitLinearConfig
 from probe.embed import embed
 from probe.errors import ConfigError, InputError, MismatchError
 from probe.finetune import describe, finetune
 from probe.heads import Classifier, TrainedHead
+from probe.linear import fit_linear
 from probe.sources import open_source
 from probe.training import optim, steps
 from probe.training.decoded import ImageRows
@@ -339,6 +340,54 @@ def test_a_head_that_does_not_fit_is_refused_with_all_reasons(config, tmp_path):
     assert "view 'projected'" in str(err.value)
     assert "it stands on 'other' (000000000000)" in str(err.value)
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize("leaf", ["bank", "unit_norm"])
+def test_a_head_that_is_no_stack_of_layers_is_refused(config, tmp_path, leaf):
+    layers = {"kernel": np.zeros((16, 3), np.float32), "bias": np.zeros(3, np.float32)}
+    saved_head(config, tmp_path / "head", head=TrainedHead((), {**layers, leaf: np.ones(1, np.float32)}))
+    with pytest.raises(MismatchError, match="its head is a vote of neighbours, or divides embeddings by their norm"):
+        finetune(dataclasses.replace(config, init=str(tmp_path / "head")))
+
+
+def test_an_mlp_head_is_trained_on(config, tmp_path):
+    """From a run of `fit-linear --head mlp` on the same images: its hidden layers come along, and are saved."""
+    cache, mlp = tmp_path / "cache", tmp_path / "mlp"
+    embed(EmbedConfig(images=config.images, backbone=config.backbone, out=cache, num_workers=1))
+    fit_linear(FitLinearConfig(cache=cache, out=mlp, head="mlp", hidden=(8, 4), epochs=5))
+    metrics = finetune(dataclasses.replace(config, init=str(mlp), head_lr=1e-3, epochs=1))
+    assert {part["pattern"]: part["num_parameters"] for part in metrics["parts"]}["head"] == 17 * 8 + 9 * 4 + 5 * 3
+    start, end = bundle.load(mlp).head, bundle.load(config.out).head
+    assert end.hidden == start.hidden == (8, 4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), start.params, end.params)
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (start.params, end.params)), strict=True))
+    # its epoch was chosen on these validation rows: there is no figure on them
+    assert metrics["splits"]["val"]["accuracy"] is None
+    assert metrics["verdict"] == {
+        "kept": "finetuned",
+        "why": "there is no probe of the training rows alone to compare with",
+    }
+
+
+def test_a_manifest_with_columns_of_its_own(config, image_folder, tmp_path):
+    rows = [
+        f"{path.relative_to(image_folder)},{path.parent.name},{'val' if path.stem > '008' else 'train'},{path.stem}"
+        for path in sorted((image_folder / "train").rglob("*.png"))
+    ]
+    (tmp_path / "list.csv").write_text("\n".join(["photo,colour,part,patient", *rows]))
+    columns = {"path_column": "photo", "label_column": ("colour",), "split_column": "part", "group_column": "patient"}
+    config = dataclasses.replace(config, images=tmp_path / "list.csv", image_root=image_folder, epochs=1, **columns)
+    metrics = finetune(config)
+    assert [metrics["splits"][name]["n"] for name in ("train", "val")] == [27, 9]
+    assert bundle.load(config.out).class_names == ("blue", "green", "red")
+    with pytest.raises(InputError, match="no column color; there are"):
+        finetune(dataclasses.replace(config, overwrite=True, label_column=("color",)))
+
+
+def test_several_labels_an_image_are_refused(config, image_folder, tmp_path):
+    (tmp_path / "list.csv").write_text(f"path,blue,dark\n{image_folder}/train/blue/000.png,1,0\n")
+    with pytest.raises(InputError, match="fine-tuning takes one label each"):
+        finetune(dataclasses.replace(config, images=tmp_path / "list.csv", label_column=("blue", "dark")))
 
 
 def test_an_unreadable_image_is_left_out_and_reported(config):

@@ -232,6 +232,7 @@ class Tuning:
             "num_workers",
             "checkpoint_every",
             "images",
+            "image_root",
             "cache",
             "cache_prefix",
             "tensorboard",
