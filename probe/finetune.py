@@ -88,7 +88,18 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     probe_logits = None if facts is None else tuning.logits(0.0, 0, rows.val)
     alphas = _alphas(config, start)
-    curve = functools.cache(lambda epoch: np.stack([tuning.logits(alpha, epoch, rows.val) for alpha in alphas]))
+
+    @functools.cache
+    def curve(epoch: int) -> np.ndarray:
+        """[A, N, C]; the ends have answered already."""
+        known = {0.0: probe_logits, 1.0: result.val_logits[epoch]}
+        return np.stack(
+            [
+                tuning.logits(alpha, epoch, rows.val) if (found := known.get(alpha)) is None else found
+                for alpha in alphas
+            ]
+        )
+
     judged = verdict.judge(result.val_logits, result.val_labels, curve, alphas)
     found = _verdict(config, judged, probe_logits, result.val_labels)
     alpha, epoch = (0.0, 0) if found["kept"] == "probe" else (judged.choice.alpha, judged.choice.epoch)

@@ -5,7 +5,9 @@
 Needs the folder `shared` beside the checkout. The figures asked for are those of the second seed's job, and better.
 """
 
+import itertools
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -61,6 +63,40 @@ def test_finetune_with_a_frozen_backbone(shared: Path, backbone: str, tmp_path: 
     options = ["--init", "zeros", "--freeze", "backbone", "--head-lr", "1e-2", "--epochs", "3", "--backbone", backbone]
     assert main(["finetune", str(shared / "data" / "dogs_cats"), *options, "--out", str(tmp_path / "run")]) == 0
     assert metrics_of(tmp_path / "run")["splits"]["test"]["accuracy"] >= 0.94
+
+
+def test_three_seeds_of_fine_tuning_are_no_worse_than_the_probe(shared: Path, backbone: str, tmp_path: Path) -> None:
+    """With the defaults, on photos drawn by the seed. What is saved is the probe unless it was beaten beyond chance."""
+    for seed in range(3):
+        images, out = tmp_path / f"images-{seed}", tmp_path / f"run-{seed}"
+        draw_photos(shared, images, {"train": 16, "val": 24}, seed=seed)
+        options = ["--backbone", backbone, "--seed", str(seed), "--out", str(out)]
+        assert main(["finetune", str(images), *options]) == 0
+        metrics = metrics_of(out)
+        verdict = metrics["verdict"]
+        assert verdict["n"] == 48
+        assert verdict["probe"]["accuracy"] > 0.8
+        for tuned in ("finetuned", "interpolated"):
+            low, high = verdict[tuned]["accuracy_difference_interval_95"]
+            assert low <= verdict[tuned]["accuracy_difference"] <= high
+            assert high >= 0, f"seed {seed}: {tuned} is worse than the probe, beyond chance"
+        assert metrics["history"][-1]["train_loss"] < metrics["history"][0]["train_loss"]
+        assert verdict["won"] == (verdict["interpolated"]["accuracy_difference_interval_95"][0] > 0)
+        assert verdict["kept"] == ("finetuned" if verdict["won"] else "probe")
+        if verdict["kept"] == "probe":
+            assert not (out / "backbone").exists()
+            assert metrics["splits"]["val"]["accuracy"] == verdict["probe"]["accuracy"]
+
+
+def draw_photos(shared: Path, to: Path, num_per_class: dict[str, int], *, seed: int) -> None:
+    """Copies photos of the training set, drawn without replacement, to split/class/."""
+    for name in ("cat", "dog"):
+        photos = sorted((shared / "data" / "dogs_cats" / "train" / name).iterdir())
+        drawn = iter(random.Random(f"{seed}-{name}").sample(photos, sum(num_per_class.values())))
+        for split, num in num_per_class.items():
+            (to / split / name).mkdir(parents=True)
+            for photo in itertools.islice(drawn, num):
+                shutil.copy(photo, to / split / name)
 
 
 def test_finetuning_everything_improves_on_the_head_it_started_from(

@@ -238,6 +238,7 @@ class Tuning:
             "tensorboard",
             "keep",
             "bundle_backbone",
+            "no_report",
         )
         options = {
             name: value for name, value in to_json(config).items() if name not in (*changeable, "backbone", "wise")
