@@ -9,9 +9,11 @@ Sources: He et al. 2015 (arXiv:1512.03385); the arithmetic is that of transforme
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.nn import initializers
 
 from probe.backbones.tower import ACTIVATIONS, TowerOutput, check_activation, check_fields, is_count
@@ -65,6 +67,7 @@ class ConvLayer(nn.Module):
     kernel_size: int
     stride: int = 1
     activation: str | None = "relu"
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
@@ -77,8 +80,10 @@ class ConvLayer(nn.Module):
             padding=[(self.kernel_size // 2, self.kernel_size // 2)] * 2,
             use_bias=False,
             kernel_init=initializers.variance_scaling(2.0, "fan_out", "normal"),
+            dtype=self.dtype,
             name="convolution",
         )(hidden)
+        hidden = hidden.astype(jnp.float32)
         # PyTorch's momentum 0.1 is the share of the new value, linen's 0.9 that of the old one.
         hidden = nn.BatchNorm(
             use_running_average=not train,
@@ -96,6 +101,7 @@ class ResidualLayer(nn.Module):
     config: ResNetConfig
     features: int
     stride: int = 1
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
@@ -109,10 +115,10 @@ class ResidualLayer(nn.Module):
             shapes = [(inner, 1, first), (inner, 3, second), (features, 1, 1)]
         residual = hidden
         if residual.shape[-1] != features or stride != 1:
-            residual = ConvLayer(features, 1, stride, activation=None, name="shortcut")(residual, train)
+            residual = ConvLayer(features, 1, stride, None, self.dtype, name="shortcut")(residual, train)
         for index, shape in enumerate(shapes):
             activation = "relu" if index < len(shapes) - 1 else None
-            hidden = ConvLayer(*shape, activation=activation, name=f"layer_{index}")(hidden, train)
+            hidden = ConvLayer(*shape, activation, self.dtype, name=f"layer_{index}")(hidden, train)
         return ACTIVATIONS[config.hidden_act](hidden + residual)
 
 
@@ -124,13 +130,16 @@ class Stage(nn.Module):
     depth: int
     stride: int
     first_layer: int = 0
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, in] -> [B, ceil(H / stride), ceil(W / stride), features]."""
         for index in range(self.first_layer, self.depth):
             stride = self.stride if index == 0 else 1
-            hidden = ResidualLayer(self.config, self.features, stride, name=f"layers_{index}")(hidden, train)
+            hidden = ResidualLayer(self.config, self.features, stride, self.dtype, name=f"layers_{index}")(
+                hidden, train
+            )
         return hidden
 
 
@@ -139,6 +148,7 @@ class Encoder(nn.Module):
 
     config: ResNetConfig
     first_block: int = 0
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
@@ -147,7 +157,7 @@ class Encoder(nn.Module):
         for index, (features, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
             stride = 2 if index > 0 or config.downsample_in_first_stage else 1
             if to_skip < depth:
-                stage = Stage(config, features, depth, stride, to_skip, name=f"stages_{index}")
+                stage = Stage(config, features, depth, stride, to_skip, self.dtype, name=f"stages_{index}")
                 hidden = stage(hidden, train)
             to_skip = max(to_skip - depth, 0)
         return hidden
@@ -155,10 +165,15 @@ class Encoder(nn.Module):
 
 class ResNet(nn.Module):
     """A ResNet of any `ResNetConfig`, without its classifier, or the part of it from `first_block` on (see
-    `probe.backbones.split`)."""
+    `probe.backbones.split`).
+
+    dtype: jnp.float32 or jnp.bfloat16, of convolutions; all else is float32. A CPU has no bfloat16 convolution and is
+      as fast in either.
+    """
 
     config: ResNetConfig
     first_block: int = 0
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: jax.Array, train: bool = False) -> TowerOutput:
@@ -178,7 +193,9 @@ class ResNet(nn.Module):
         if self.first_block == 0:
             if pixels.shape[-1] != config.num_channels:
                 raise ValueError(f"this tower takes {config.num_channels} channels, got images of {pixels.shape[1:]}")
-            hidden = ConvLayer(config.embedding_size, 7, 2, config.hidden_act, name="embedder")(pixels, train)
+            hidden = ConvLayer(config.embedding_size, 7, 2, config.hidden_act, self.dtype, name="embedder")(
+                pixels, train
+            )
             hidden = nn.max_pool(hidden, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        hidden = Encoder(config, self.first_block, name="encoder")(hidden, train)
+        hidden = Encoder(config, self.first_block, self.dtype, name="encoder")(hidden, train)
         return TowerOutput(last_hidden_state=hidden, pooler_output=hidden.mean(axis=(1, 2)))

@@ -12,13 +12,14 @@ Sources: Radford et al. 2021 (arXiv:2103.00020); the arithmetic is that of trans
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from probe.backbones import products
 from probe.backbones.tower import (
     ACTIVATIONS,
     TowerOutput,
@@ -73,6 +74,25 @@ class ViTConfig:
         return self.hidden_size
 
 
+class Dense(nn.Module):
+    """linen's Dense, with the product of `probe.backbones.products`."""
+
+    features: int
+    std: float  # of the kernel that it starts from
+    dtype: Any
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[..., K] -> [..., features]."""
+        kernel = self.param("kernel", initializers.normal(self.std), (inputs.shape[-1], self.features))
+        projected = products.dense(inputs, kernel, self.dtype)
+        if not self.use_bias:
+            return projected
+        bias: jax.Array = self.param("bias", initializers.zeros, (self.features,))
+        return projected + bias
+
+
 class PatchEmbedding(nn.Module):
     """Cuts images into squares and projects each: a convolution without overlap, as one matrix product.
 
@@ -80,6 +100,7 @@ class PatchEmbedding(nn.Module):
     """
 
     config: ViTConfig
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -93,20 +114,21 @@ class PatchEmbedding(nn.Module):
         patches = pixels[:, : rows * size, : columns * size]
         patches = patches.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
         patches = patches.reshape(batch, rows * columns, size * size * channels)
-        return patches @ kernel.reshape(-1, config.hidden_size)
+        return products.dense(patches, kernel.reshape(-1, config.hidden_size), self.dtype)
 
 
 class Embeddings(nn.Module):
     """The class token and the patches, each with its position's embedding."""
 
     config: ViTConfig
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, 1 + patches, D]."""
         config = self.config
         width = config.hidden_size
-        patches = PatchEmbedding(config, name="patch_embedding")(pixels)
+        patches = PatchEmbedding(config, self.dtype, name="patch_embedding")(pixels)
         class_std = width**-0.5 * config.initializer_factor
         class_embedding = self.param("class_embedding", initializers.normal(class_std), (width,))
         position_std = config.initializer_range * config.initializer_factor
@@ -137,10 +159,15 @@ class EncoderConfig(Protocol):
 
 
 class SelfAttention(nn.Module):
-    """Every token reads from every token, or, where it is causal, from itself and those before it."""
+    """Every token reads from every token, or, where it is causal, from itself and those before it.
+
+    The two products between tokens are float32 whatever the dtype: they are 1 % of the work, and XLA for the CPU moves
+    transposes into batched products, for which it then has no bfloat16 kernel.
+    """
 
     config: EncoderConfig
     is_causal: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
@@ -152,7 +179,7 @@ class SelfAttention(nn.Module):
         in_std = out_std * (2 * config.num_hidden_layers) ** -0.5
 
         def project(name: str) -> jax.Array:
-            projected = nn.Dense(width, kernel_init=initializers.normal(in_std), name=name)(hidden)
+            projected = Dense(width, in_std, self.dtype, name=name)(hidden)
             return projected.reshape(batch, tokens, heads, width // heads)
 
         query, key, value = project("q_proj"), project("k_proj"), project("v_proj")
@@ -161,13 +188,14 @@ class SelfAttention(nn.Module):
             scores = jnp.where(jnp.tri(tokens, dtype=bool), scores, -jnp.inf)
         weights = nn.Dropout(config.attention_dropout, deterministic=not train)(jax.nn.softmax(scores))
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, tokens, width)
-        return nn.Dense(width, kernel_init=initializers.normal(out_std), name="out_proj")(mixed)
+        return Dense(width, out_std, self.dtype, name="out_proj")(mixed)
 
 
 class Mlp(nn.Module):
     """Two dense layers, applied to each token by itself."""
 
     config: EncoderConfig
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -176,9 +204,9 @@ class Mlp(nn.Module):
         width = config.hidden_size
         std1 = (2 * width) ** -0.5 * config.initializer_factor
         std2 = (width * 2 * config.num_hidden_layers) ** -0.5 * config.initializer_factor
-        hidden = nn.Dense(config.intermediate_size, kernel_init=initializers.normal(std1), name="fc1")(hidden)
+        hidden = Dense(config.intermediate_size, std1, self.dtype, name="fc1")(hidden)
         hidden = ACTIVATIONS[config.hidden_act](hidden)
-        return nn.Dense(width, kernel_init=initializers.normal(std2), name="fc2")(hidden)
+        return Dense(width, std2, self.dtype, name="fc2")(hidden)
 
 
 class EncoderLayer(nn.Module):
@@ -186,14 +214,15 @@ class EncoderLayer(nn.Module):
 
     config: EncoderConfig
     is_causal: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         normed = layer_norm(self.config, "layer_norm1")(hidden)
-        hidden = hidden + SelfAttention(self.config, self.is_causal, name="self_attn")(normed, train)
+        hidden = hidden + SelfAttention(self.config, self.is_causal, self.dtype, name="self_attn")(normed, train)
         normed = layer_norm(self.config, "layer_norm2")(hidden)
-        return hidden + Mlp(self.config, name="mlp")(normed)
+        return hidden + Mlp(self.config, self.dtype, name="mlp")(normed)
 
 
 class Encoder(nn.Module):
@@ -202,20 +231,25 @@ class Encoder(nn.Module):
     config: EncoderConfig
     first_block: int = 0
     is_causal: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         for index in range(self.first_block, self.config.num_hidden_layers):
-            hidden = EncoderLayer(self.config, self.is_causal, name=f"layers_{index}")(hidden, train)
+            hidden = EncoderLayer(self.config, self.is_causal, self.dtype, name=f"layers_{index}")(hidden, train)
         return hidden
 
 
 class VisionTower(nn.Module):
-    """CLIP's vision tower of any `ViTConfig`, or the part of it from `first_block` on (see `probe.backbones.split`)."""
+    """CLIP's vision tower of any `ViTConfig`, or the part of it from `first_block` on (see `probe.backbones.split`).
+
+    dtype: jnp.float32 or jnp.bfloat16, of the operands of the dense layers' products; all else is float32.
+    """
 
     config: ViTConfig
     first_block: int = 0
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: jax.Array, train: bool = False) -> TowerOutput:
@@ -234,19 +268,14 @@ class VisionTower(nn.Module):
             expected = (config.image_size, config.image_size, config.num_channels)
             if pixels.shape[1:] != expected:
                 raise ValueError(f"this tower takes images of {expected} (H, W, C), got {pixels.shape[1:]}")
-            hidden = Embeddings(config, name="embeddings")(pixels)
+            hidden = Embeddings(config, self.dtype, name="embeddings")(pixels)
             hidden = layer_norm(config, "pre_layernorm")(hidden)
-        hidden = Encoder(config, self.first_block, name="encoder")(hidden, train)
+        hidden = Encoder(config, self.first_block, dtype=self.dtype, name="encoder")(hidden, train)
         pooled = layer_norm(config, "post_layernorm")(hidden[:, 0])
         if config.projection_dim is None:
             return TowerOutput(last_hidden_state=hidden, pooler_output=pooled)
         std = config.hidden_size**-0.5 * config.initializer_factor
-        projection = nn.Dense(
-            config.projection_dim,
-            use_bias=False,
-            kernel_init=initializers.normal(std),
-            name="visual_projection",
-        )
+        projection = Dense(config.projection_dim, std, self.dtype, use_bias=False, name="visual_projection")
         return TowerOutput(last_hidden_state=hidden, pooler_output=pooled, projected=projection(pooled))
 
 

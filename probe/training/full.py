@@ -50,18 +50,18 @@ def make_apply_fn(
         `probe.backbones.split`), which takes activations for images.
       train_batchnorm: normalise by the statistics of the batch in training and update the running ones. Else those
         of the pretrained tower stay: a fine-tuning batch is too small to replace them.
-      bfloat16: train in bfloat16, with the weights, their gradients' sums and all evaluation in float32.
+      bfloat16: multiply bfloat16 operands in training; sums, weights, gradients, norms, softmax and all evaluation
+        are float32.
       remat: keep the results of matrix products only for the backward pass, and compute the rest again.
     """
 
+    trained = classifier.clone(backbone=classifier.backbone.clone(dtype=jnp.bfloat16)) if bfloat16 else classifier
+
     def train_fn(variables: Any, pixels: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
-        if bfloat16:
-            params, pixels = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (variables["params"], pixels))
-            variables = {**variables, "params": params}
         state = {name: leaf for name, leaf in variables.items() if name != "params"}
         if state and not train_batchnorm:
-            return jnp.asarray(classifier.apply(variables, pixels)), state
-        return classifier.apply(variables, pixels, train=True, mutable=list(state), rngs={"dropout": key})
+            return jnp.asarray(trained.apply(variables, pixels)), state
+        return trained.apply(variables, pixels, train=True, mutable=list(state), rngs={"dropout": key})
 
     if remat:
         train_fn = jax.checkpoint(train_fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
@@ -73,7 +73,7 @@ def make_apply_fn(
             if key is None:
                 return jnp.asarray(classifier.apply(variables, pixels)), model_state
             logits, state = train_fn(variables, pixels, key)
-        return logits.astype(jnp.float32), state
+        return logits, state
 
     return apply_fn
 
