@@ -38,6 +38,16 @@ def test_same_optimum_as_scikit_learn(num_classes):
         np.testing.assert_allclose(ours.kernel, theirs.kernel, atol=reach + 1e-12)
 
 
+def test_scikit_learn_makes_no_hessian_that_is_too_large():
+    features, labels = problem(4)
+    solver = Problem(features, labels, 4)
+    by_newton, by_lbfgs = (
+        solve_with_sklearn(solver, features, labels, 0.3, most_coefficients=most) for most in (36, 35)
+    )
+    assert by_lbfgs.num_iterations > by_newton.num_iterations  # it is another solver
+    assert by_lbfgs.objective == pytest.approx(by_newton.objective, rel=1e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     num_rows=st.integers(5, 60),
