@@ -191,6 +191,7 @@ def load(run: Path) -> Bundle:
     Raises: InputError if `run` is no run folder; CorruptError if a file is missing, damaged, or of a format
     version that this program does not know. All such files are listed at once.
     """
+    storage.recover_folder(run)
     if not (run / _MANIFEST).is_file():
         what = "not found" if not run.exists() else f"not a run folder: it has no {_MANIFEST}"
         raise InputError(f"{run}: {what}. Give the folder that `probe fit-linear` or `probe finetune` wrote to --out.")

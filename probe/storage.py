@@ -3,11 +3,13 @@
 Every other module that writes what must survive a crash calls this one. The order is the whole idea:
 write under a name of our own in the same folder, fsync, rename, fsync the folder. A process killed at any
 point leaves either nothing under the final name or all of it; what it may leave is a file whose name starts
-with `PARTIAL_PREFIX`, which nobody reads and `sweep_partials` removes.
+with `PARTIAL_PREFIX`, which nobody reads and `sweep_partials` removes. A folder cannot be renamed over another, so one
+that is replaced is moved aside first; whoever wants it next finds it there, if the process died before the other came.
 """
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import shutil
@@ -79,19 +81,37 @@ def atomic_folder(path: Path, *, replacing: str | None = None) -> Iterator[Path]
             for name in files:
                 _fsync_path(Path(folder, name))
             _fsync_path(Path(folder))
-        if path.exists():
-            replaced = _partial_name(path)
-            os.replace(path, replaced)
-            os.replace(partial, path)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.replace(partial, path)
+        require_free(path, replacing=replacing)  # again: what was free when the block began may be so no more
+        aside = _aside_name(path)
+        while True:
+            if path.exists():
+                shutil.rmtree(aside, ignore_errors=True)  # replaced before, by a process that died removing it
+                os.replace(path, aside)
+            try:
+                os.replace(partial, path)
+                break
+            except OSError as err:
+                if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise  # else a reader has put it back meanwhile: see `recover_folder`
         fsync_folder(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as err:
         raise _storage_error(path, None, err) from err
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         _in_progress.discard(partial)
+
+
+def recover_folder(path: Path) -> None:
+    """Puts a folder back under its name if a crash came between the two renames of its replacement.
+
+    For who reads a folder that `atomic_folder` replaces; writers do it by themselves.
+    """
+    aside = _aside_name(path)
+    if aside.is_dir() and not path.exists():
+        with contextlib.suppress(OSError):  # a disk that is read-only, or a twin was first
+            os.replace(aside, path)
+            fsync_folder(path.parent)
 
 
 def require_free(path: Path, *, replacing: str | None = None) -> None:
@@ -102,6 +122,7 @@ def require_free(path: Path, *, replacing: str | None = None) -> None:
         folder is ever replaced: it may be somebody's photos.
     Raises: InputError if something else is there.
     """
+    recover_folder(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if replacing is None:
@@ -165,6 +186,11 @@ def _partial_name(path: Path) -> Path:
     # A name of its own: neither a twin process nor a leftover can stand in the way. It does not contain the
     # final name, which may already be as long as the file system allows.
     return path.with_name(f"{PARTIAL_PREFIX}{_Writer.tag}{uuid.uuid4().hex}")
+
+
+def _aside_name(path: Path) -> Path:
+    """Where a folder stands while another takes its name: the same in every process, and as short as a partial's."""
+    return path.with_name(f".replaced-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}")
 
 
 def _fsync_path(path: Path) -> None:

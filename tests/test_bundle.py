@@ -1,5 +1,6 @@
 """The saved classifier: what is written is what is read, and a damaged run is never another classifier."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +126,22 @@ def test_a_backbone_that_was_replaced_is_not_bundled(tmp_path: Path) -> None:
     )
     with pytest.raises(MismatchError, match="was trained on"):
         reference.load()
+
+
+def test_a_run_that_was_being_replaced_at_a_crash_is_found(tmp_path: Path, tiny_clip: Path, monkeypatch) -> None:
+    head = save(tmp_path / "run", tiny_clip)
+
+    def fail(source: Path, target: Path) -> None:
+        if target == tmp_path / "run":
+            raise SystemExit
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(SystemExit):
+        save(tmp_path / "run", tiny_clip, hidden=(8,), overwrite=True)
+    monkeypatch.undo()
+    assert not (tmp_path / "run").exists()
+    found = bundle.load(tmp_path / "run").head
+    assert found.hidden == ()
+    np.testing.assert_array_equal(found.params["kernel"], head.params["kernel"])

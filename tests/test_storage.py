@@ -2,6 +2,10 @@
 
 import errno
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -105,6 +109,93 @@ def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
     ):
         pytest.fail("the block must not run")
     assert (tmp_path / "photos/holiday.jpg").exists()
+
+
+KILLED_AT_RENAME = """
+import os, signal, sys
+from pathlib import Path
+from probe import storage
+rename, countdown = os.replace, int(sys.argv[2])
+def replace(*names):
+    global countdown
+    if not countdown:
+        os.kill(os.getpid(), signal.SIGKILL)
+    countdown -= 1
+    rename(*names)
+os.replace = replace
+with storage.atomic_folder(Path(sys.argv[1]), replacing="run.json") as folder:
+    (folder / "run.json").write_text("new")
+    (folder / "more").mkdir()
+"""
+
+
+@pytest.mark.parametrize("num_renames", [0, 1, 2])
+@pytest.mark.parametrize("name", ["run", "ü" * 127])
+def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(num_renames, name, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with storage.atomic_folder(path) as folder:
+        (folder / "run.json").write_text("old")
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_RENAME, str(path), str(num_renames)])
+    assert done.returncode == (0 if num_renames == 2 else -signal.SIGKILL)
+    assert path.exists() == (num_renames != 1)
+    with pytest.raises(InputError, match=r"exists already"):  # not free: the old one is put back
+        storage.require_free(path)
+    assert (path / "run.json").read_text() == ("new" if num_renames == 2 else "old")
+    with storage.atomic_folder(path, replacing="run.json") as folder:
+        (folder / "run.json").write_text("newest")
+    assert (path / "run.json").read_text() == "newest"
+    left = {item for item in tmp_path.iterdir() if item != path}
+    assert all(item.name.startswith(storage.PARTIAL_PREFIX) for item in left)  # those are swept in a day
+    assert len(left) == (num_renames < 2)
+
+
+def test_a_kill_while_what_was_replaced_is_removed(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "run"
+    for content in ("old", "new"):
+        if content == "new":
+            monkeypatch.setattr(storage.shutil, "rmtree", lambda *arguments, **options: None)
+        with storage.atomic_folder(path, replacing="run.json") as folder:
+            (folder / "run.json").write_text(content)
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2
+    storage.recover_folder(path)
+    assert (path / "run.json").read_text() == "new"
+    with storage.atomic_folder(path, replacing="run.json") as folder:
+        (folder / "run.json").write_text("newest")
+    assert [item.name for item in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_reader_that_puts_the_old_folder_back_is_no_obstacle(tmp_path: Path, monkeypatch) -> None:
+    """It cannot tell a dead writer from one that is between its two renames."""
+    path, rename = tmp_path / "run", os.replace
+    with storage.atomic_folder(path) as folder:
+        (folder / "run.json").write_text("old")
+    seen = []
+
+    def replace(source: Path, target: Path) -> None:
+        if target == path and not seen:
+            seen.append(source)
+            monkeypatch.setattr(os, "replace", rename)
+            storage.recover_folder(path)
+            assert (path / "run.json").read_text() == "old"
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with storage.atomic_folder(path, replacing="run.json") as folder:
+        (folder / "run.json").write_text("new")
+    assert seen
+    assert (path / "run.json").read_text() == "new"
+    assert [item.name for item in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_has_come_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    path, theirs = tmp_path / "run", tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "file").touch()
+    with pytest.raises(InputError, match="exists already"), storage.atomic_folder(path):
+        shutil.copytree(theirs, path)
+    assert [item.name for item in path.iterdir()] == ["file"]
+    assert not left_over(tmp_path)
 
 
 def test_make_folder_makes_each_name_durable(tmp_path: Path) -> None:
