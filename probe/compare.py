@@ -17,6 +17,7 @@ from probe.evaluation.predictions import Predictions
 from probe.sources import display_name, list_names
 
 _CHANGES = ("fixed", "broken", "other")
+_LEVEL = 0.05  # of a corrected p-value, below which a class is said to differ
 _LISTED = 10  # flipped images and classes that are printed; --json has all
 
 
@@ -190,20 +191,22 @@ def _verdict(name: str, low: float, high: float) -> str:
 
 
 def _describe_classes(per_class: dict[str, dict[str, Any]]) -> list[str]:
-    """The classes whose interval excludes 0, the largest difference first."""
-    apart = [
-        (name, facts)
-        for name, facts in per_class.items()
-        if facts["interval_95"] and not facts["interval_95"][0] <= 0 <= facts["interval_95"][1]
-    ]
+    """The classes that differ beyond chance, their number considered; the largest difference first."""
+    apart = [(name, facts) for name, facts in per_class.items() if (facts["p_value_holm"] or 1) < _LEVEL]
+    alone = sum((facts["p_value"] or 1) < _LEVEL for facts in per_class.values())
     if not apart:
-        return ["no class shows a difference in accuracy"]
+        beside = f" ({alone:,} would, taken alone: too few of {len(per_class):,})" if alone else ""
+        return [f"no class shows a difference in accuracy{beside}"]
     apart.sort(key=lambda item: -abs(item[1]["difference"]))
-    lines = [f"classes that show a difference in accuracy: {len(apart):,} of {len(per_class):,}"]
+    lines = [
+        f"classes that show a difference in accuracy: {len(apart):,} of {len(per_class):,} "
+        "(exact McNemar, p < 0.05 after Holm's correction for the number of classes; intervals are of each class alone)"
+    ]
     for name, facts in apart[:_LISTED]:
         low, high = facts["interval_95"]
         lines.append(
             f"  {display_name(name)}: {facts['accuracy_a']:.4f} to {facts['accuracy_b']:.4f}  "
-            f"{facts['difference']:+.4f} ({low:+.4f} to {high:+.4f})  n {facts['n']:,}"
+            f"{facts['difference']:+.4f} ({low:+.4f} to {high:+.4f})  n {facts['n']:,}, "
+            f"corrected p = {facts['p_value_holm']:.2g}"
         )
     return lines

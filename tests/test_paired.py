@@ -6,7 +6,7 @@ from scipy import stats
 
 from probe.evaluation.figures import Figures
 from probe.evaluation.intervals import bootstrap_interval, wilson_interval
-from probe.evaluation.paired import compare_answers
+from probe.evaluation.paired import compare_answers, holm
 from probe.training import verdict
 
 CLASSES = ("cat", "dog", "owl")
@@ -91,8 +91,8 @@ def test_two_that_agree_everywhere_may_still_differ_elsewhere():
 def test_what_the_rows_cannot_say_is_none():
     a, b, labels = pair(40)
     compared = compare_answers(a, b, np.where(labels == 2, 0, labels), CLASSES)
-    line = {"n": 0, "accuracy_a": None, "accuracy_b": None, "difference": None, "interval_95": None}
-    assert compared["per_class"]["owl"] == line
+    unknown = ("accuracy_a", "accuracy_b", "difference", "interval_95", "p_value", "p_value_holm")
+    assert compared["per_class"]["owl"] == {"n": 0} | dict.fromkeys(unknown)
     alone = compare_answers(a[:, :2], b[:, :2], np.zeros(40, int), CLASSES[:2])
     assert alone["figures"]["roc_auc"] == {"a": None, "b": None, "difference": None, "interval_95": None}
 
@@ -108,3 +108,43 @@ def test_sets_of_labels_are_asked_class_by_class():
         assert line["accuracy_a"] == pytest.approx(((a[:, c] >= 0) == labels[:, c]).mean())
         low, high = line["interval_95"]
         assert 0 < low <= line["difference"] <= high
+
+
+def test_classes_are_tested_as_the_family_that_they_are():
+    """Equal skill in 30 classes: by itself some class differs in most comparisons, corrected in one of twenty."""
+    names = tuple(map(str, range(30)))
+    alone = corrected = 0
+    for seed in range(20):
+        per_class = compare_answers(*pair(1500, seed=seed, num_classes=30), names)["per_class"].values()
+        alone += any(facts["p_value"] < 0.05 for facts in per_class)
+        corrected += any(facts["p_value_holm"] < 0.05 for facts in per_class)
+        assert all(facts["p_value"] <= facts["p_value_holm"] <= 1 for facts in per_class)
+    assert alone >= 8
+    assert corrected <= 4  # 5 of 20 come up in 3 of 1,000 such sets
+
+
+def test_holms_correction_is_the_published_one():
+    assert holm([0.01, 0.04, 0.03, None, 0.005]) == pytest.approx([0.03, 0.06, 0.06, None, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_a_class_is_tested_by_its_own_rows():
+    a, b, labels = pair(90, skills=(1, 2))
+    compared = compare_answers(a, b, labels, CLASSES)["per_class"]
+    for c, name in enumerate(CLASSES):
+        right_a, right_b = (logits[labels == c].argmax(axis=1) == c for logits in (a, b))
+        only = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+        assert compared[name]["p_value"] == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
+
+
+def test_identical_runs_differ_by_no_more_than_unseen_rows_allow():
+    """Of ROC-AUC and average precision too: about as wide as 0 of n misses, n set by the rarest class."""
+    a, _, labels = pair(200)
+    labels = np.where(np.arange(200) < 10, 2, np.minimum(labels, 1))
+    figures = compare_answers(a, a, labels, CLASSES)["figures"]
+    for name in ("roc_auc", "average_precision"):
+        line = figures[name]
+        low, high = line["interval_95"]
+        assert line["difference"] == 0
+        assert low == -high
+        assert wilson_interval(0, 200)[1] < high < wilson_interval(0, 30)[1]

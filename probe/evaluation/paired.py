@@ -21,7 +21,9 @@ def compare_answers(
       seed: of the bootstrap.
     Returns: n; figures: name to {"a", "b", "difference", "interval_95"}; mcnemar: {"only_a_correct",
       "only_b_correct", "p_value"}, the exact two-sided probability that chance divides these rows as unevenly;
-      per_class: name to {"n", "accuracy_a", "accuracy_b", "difference", "interval_95"}.
+      per_class: name to {"n", "accuracy_a", "accuracy_b", "difference", "interval_95", "p_value", "p_value_holm"}:
+        exact McNemar on the class, as it is and corrected for there being C of them (Holm 1979); the intervals are of
+        each class alone.
       A difference is B - A; its interval is of the paired bootstrap, both on the same resampled rows, and accuracy's
       is `paired_interval`, which says the same of a fine-tuning's verdict. None is what these rows cannot say.
     """
@@ -51,6 +53,11 @@ def compare_answers(
         share_a, share_b = (hits[c] / n if n else np.nan for hits in (num_right_a, num_right_b))
         facts = _difference(share_a, share_b, class_samples[:, c], int(n))
         per_class[name] = {"n": int(n), "accuracy_a": facts.pop("a"), "accuracy_b": facts.pop("b"), **facts}
+    both = right_a.multiply(right_b)
+    only_a, only_b = (np.asarray((right - both).sum(axis=0)).ravel() for right in (right_a, right_b))
+    p_values = [_mcnemar_p(int(a), int(b)) if n else None for a, b, n in zip(only_a, only_b, num_asked, strict=True)]
+    for name, p_value, corrected in zip(class_names, p_values, holm(p_values), strict=True):
+        per_class[name] |= {"p_value": p_value, "p_value_holm": corrected}
     return {
         "n": a.num_rows,
         "figures": compared,
@@ -61,8 +68,25 @@ def compare_answers(
 
 def _mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, Any]:
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
-    p_value = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return {"only_a_correct": only_a, "only_b_correct": only_b, "p_value": p_value}
+    return {"only_a_correct": only_a, "only_b_correct": only_b, "p_value": _mcnemar_p(only_a, only_b)}
+
+
+def _mcnemar_p(only_a: int, only_b: int) -> float:
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Corrected for their number: to call those below 5 % true is wrong in 5 % of such families at most.
+
+    Source: Holm 1979. None, what was not tested, stays.
+    """
+    tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, i) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * p))
+        corrected[i] = largest
+    return corrected
 
 
 def _difference(a: float, b: float, samples: np.ndarray, num_answers: float) -> dict[str, Any]:
