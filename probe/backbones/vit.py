@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from probe.backbones import products
+from probe.backbones.products import dense
 from probe.backbones.tower import (
     ACTIVATIONS,
     TowerOutput,
@@ -86,7 +86,7 @@ class Dense(nn.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[..., K] -> [..., features]."""
         kernel = self.param("kernel", initializers.normal(self.std), (inputs.shape[-1], self.features))
-        projected = products.dense(inputs, kernel, self.dtype)
+        projected = dense(inputs, kernel, self.dtype)
         if not self.use_bias:
             return projected
         bias: jax.Array = self.param("bias", initializers.zeros, (self.features,))
@@ -114,7 +114,7 @@ class PatchEmbedding(nn.Module):
         patches = pixels[:, : rows * size, : columns * size]
         patches = patches.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
         patches = patches.reshape(batch, rows * columns, size * size * channels)
-        return products.dense(patches, kernel.reshape(-1, config.hidden_size), self.dtype)
+        return dense(patches, kernel.reshape(-1, config.hidden_size), self.dtype)
 
 
 class Embeddings(nn.Module):
