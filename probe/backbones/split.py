@@ -15,6 +15,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from probe.backbones.backbone import Config, build_tower
 from probe.backbones.resnet import ResNet
@@ -26,15 +27,18 @@ def count_blocks(config: Config) -> int:
     return config.num_hidden_layers if isinstance(config, ViTConfig) else sum(config.depths)
 
 
-def make_prefix(config: Config, num_blocks: int) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
+def make_prefix(
+    config: Config, num_blocks: int, *, dtype: Any = jnp.float32
+) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
     """(variables, normalised pixels [B, H, W, 3]) -> activations [B, T, D] (CLIP) or [B, h, w, C] (ResNet).
 
     After the last block they are no more than what the pooler reads: [B, 1, D], or the picture's mean [B, 1, 1, D].
 
     Args:
       num_blocks: k, from 1 to all of them.
+      dtype: of the operands of products, as the towers have it; the activations are float32.
     """
-    tower = build_tower(_first_blocks(config, num_blocks))
+    tower = build_tower(_first_blocks(config, num_blocks)).clone(dtype=dtype)
 
     def prefix(variables: dict[str, Any], pixels: jax.Array) -> jax.Array:
         output: Any = tower.apply(variables, pixels)

@@ -3,7 +3,7 @@
     activations.json           what determines the rows, and its own checksum
     000003-<SHA-256>.h5        a shard, sealed: its name holds the hash of its bytes
         row          [R] int64          the rows that it holds, R in a row
-        activations  [R, D] float32, or uint16 that holds the bits of bfloat16
+        activations  [R, D] float32
 
 A shard is built in memory and appears whole (`probe.storage`), so that a run which is killed goes on with the first
 that is missing. Its hash is checked when it is first read; after that, HDF5's own checksums guard every chunk. Only
@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from probe.cache import SafeFile, build_image, describe_differences, open_record, read_file, safe_open, seal_record
@@ -37,23 +36,19 @@ _SHARD = re.compile(r"(\d{6,})-([0-9a-f]{64})\.h5")
 
 
 class Activations:
-    """A folder of `num_rows` rows of one shape and type."""
+    """A folder of `num_rows` rows of one shape, float32."""
 
-    def __init__(
-        self, folder: Path, identity: Mapping[str, Any], *, num_rows: int, shape: tuple[int, ...], dtype: np.dtype
-    ) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, num_rows: int, shape: tuple[int, ...]) -> None:
         """
         Args:
           folder: to be made by `create`.
-          identity: JSON values, all that determines the rows; shape and type are added to it.
-          shape: of one row. dtype: float32 or bfloat16.
+          identity: JSON values, all that determines the rows; number and shape are added to it.
+          shape: of one row.
         """
-        assert dtype in (np.float32, ml_dtypes.bfloat16), dtype
-        self.folder, self.num_rows, self.shape, self.dtype = folder, num_rows, shape, dtype
-        self.row_bytes = math.prod(shape) * dtype.itemsize
+        self.folder, self.num_rows, self.shape = folder, num_rows, shape
+        self.row_bytes = 4 * math.prod(shape)
         self.shard_rows = max(1, SHARD_BYTES // self.row_bytes)
-        self._stored = np.dtype(np.float32 if dtype == np.float32 else np.uint16)
-        self._identity = {**identity, "num_rows": num_rows, "shape": list(shape), "dtype": dtype.name, "format": FORMAT}
+        self._identity = {**identity, "num_rows": num_rows, "shape": list(shape), "format": FORMAT}
         self._open: _OpenShards = collections.OrderedDict()
         weakref.finalize(self, _close_all, self._open)
         self._verified: set[Path] = set()
@@ -97,8 +92,8 @@ class Activations:
     def seal(self, rows: range, activations: np.ndarray) -> None:
         """Writes the shard of these rows, one of `missing`; twice writes the same bytes. Raises: StorageError."""
         assert activations.shape == (len(rows), *self.shape)
-        assert activations.dtype == self.dtype
-        flat = np.ascontiguousarray(activations).reshape(len(rows), -1).view(self._stored)
+        assert activations.dtype == np.float32
+        flat = np.ascontiguousarray(activations).reshape(len(rows), -1)
         image = build_image({"row": np.arange(rows.start, rows.stop), "activations": flat})
         name = f"{rows.start // self.shard_rows:06d}-{hashlib.sha256(image).hexdigest()}.h5"
         atomic_write_bytes(self.folder / name, image)
@@ -108,13 +103,14 @@ class Activations:
 
         Raises: CorruptError if a shard of theirs is damaged or missing.
         """
-        flat = np.empty((len(rows), math.prod(self.shape)), self._stored)
+        flat = np.empty((len(rows), math.prod(self.shape)), np.float32)
         numbers = rows // self.shard_rows
         for number in np.unique(numbers):
             (at,) = np.nonzero(numbers == number)
             first = int(number) * self.shard_rows
-            flat[at] = self._shard(int(number)).read("activations", rows=(rows[at] - first).tolist())
-        return flat.view(self.dtype).reshape(len(rows), *self.shape)
+            shard = self._shard(int(number))
+            flat[at] = shard.read("activations", dtypes="float32", rows=(rows[at] - first).tolist())
+        return flat.reshape(len(rows), *self.shape)
 
     def remove(self) -> None:
         """Removes the folder, which `check_same` has found to be ours."""

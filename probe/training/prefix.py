@@ -2,7 +2,7 @@
 
 Training then runs the rest of the tower alone. A training image has one row of activations per augmented view, drawn
 as training without the cache draws it, by (seed, view, example), so that the losses are the same to float error. Rows
-that only choose or judge have one, of the plain picture, in float32 whatever training computes in.
+that only choose or judge have one, of the plain picture, computed in float32 whatever training computes in.
 """
 
 import collections
@@ -120,9 +120,14 @@ class FrozenPrefix:
         self._prepare = make_prepare(augmentation, len(images.source.class_names))
         self._plain_training = self._prepare is None and not bfloat16
         self._rows = {"train": rows.train, "plain": np.sort(np.concatenate([rows.val, rows.test]))}
-        self._programs = {"train": self._program(self._prepare, bfloat16), "plain": self._program(None, False)}
+        dtype = jnp.bfloat16 if bfloat16 else jnp.float32
+        self._programs = {"train": self._program(self._prepare, dtype), "plain": self._program(None, jnp.float32)}
         chance = {"augmentation": dataclasses.asdict(augmentation), "seed": seed} if self._prepare else {}
-        self._tables = {"train": self._table("train", views, chance), "plain": self._table("plain", 1, {})}
+        how = {"compute_dtype": np.dtype(dtype).name, **chance}
+        self._tables = {
+            "train": self._table("train", views, how),
+            "plain": self._table("plain", 1, {"compute_dtype": "float32"}),
+        }
 
     def claim(self, *, rebuild: bool) -> None:
         """Looks at what the folder holds already.
@@ -203,7 +208,7 @@ class FrozenPrefix:
         """Those of the frozen leaves of {"backbone", "head"} that the rest of the tower reads."""
         table = self._tables["plain"]
         suffix = make_suffix(self._backbone.config, self.num_blocks)
-        made = jax.eval_shape(suffix.init, jax.random.key(0), jnp.zeros((1, *table.shape), table.dtype))
+        made = jax.eval_shape(suffix.init, jax.random.key(0), jnp.zeros((1, *table.shape)))
         read = {("backbone", *path) for path in traverse_util.flatten_dict(made["params"])}
         kept = {
             path: leaf
@@ -217,23 +222,20 @@ class FrozenPrefix:
         for table in self._tables.values():
             table.close()
 
-    def _program(self, prepare: Any, bfloat16: bool) -> Any:
+    def _program(self, prepare: Any, dtype: Any) -> Any:
         """Compiles (variables, key of the run, batch of images) -> activations [B, …]."""
-        prefix = make_prefix(self._backbone.config, self.num_blocks)
+        prefix = make_prefix(self._backbone.config, self.num_blocks, dtype=dtype)
 
         @jax.jit
         def program(variables: dict[str, Any], key: jax.Array, batch: Batch) -> jax.Array:
             images = batch.inputs if prepare is None else prepare(key, batch)[0]
             pixels = normalize_pixels(images, self._backbone.preprocessing)
-            if bfloat16:
-                params, pixels = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (variables["params"], pixels))
-                variables = {**variables, "params": params}
             with jax.default_matmul_precision("highest"):
                 return prefix(variables, pixels)
 
         return program
 
-    def _table(self, name: str, views: int, chance: dict[str, Any]) -> Activations:
+    def _table(self, name: str, views: int, how: dict[str, Any]) -> Activations:
         rows, device = self._rows[name], jax.devices()[0]
         image = np.zeros((1, *self._backbone.preprocessing.image_size, 3), np.uint8)
         batch = padded_batch(image, np.zeros(1, np.int32), 1, examples=np.zeros(1, np.int32))
@@ -249,14 +251,13 @@ class FrozenPrefix:
             "device_kind": device.device_kind,
             "num_devices": self._placement.mesh.size,
             "program": _PROGRAM,
-            **chance,
+            **how,
         }
         return Activations(
             self.folder / name,
             identity,
             num_rows=views * len(rows),
             shape=result.shape[1:],
-            dtype=np.dtype(result.dtype),
         )
 
     def _compute(self, name: str, part: range, variables: dict[str, Any], progress: Progress) -> np.ndarray:
@@ -282,7 +283,7 @@ class FrozenPrefix:
         while in_flight:
             fetch()
         activations = np.concatenate(computed)
-        finite = np.isfinite(activations.reshape(len(activations), -1).astype(np.float32)).all(axis=1)
+        finite = np.isfinite(activations.reshape(len(activations), -1)).all(axis=1)
         if not finite.all():
             example = self._images.examples[rows[entries[~finite][0] % len(rows)]]
             raise NumericalError(f"{example.name!r}: its activations in the frozen blocks are not finite")
