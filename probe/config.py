@@ -64,7 +64,7 @@ class EmbedConfig:
     dtype: IfGiven[Literal["float32", "float16"]] = None
     """Type that embeddings are stored in, fixed likewise (if not given: float32, or what the cache says)."""
     shard_rows: IfGiven[int] = None
-    """Images per shard, fixed likewise: what a kill can cost (if not given: 1,024 on a CPU, else 16,384)."""
+    """Images per shard, fixed likewise: what a kill can cost (if not given: seconds of a CPU's work, else 16,384)."""
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable image does: get no row and be reported, or end the run."""
     max_failures: IfGiven[int] = None

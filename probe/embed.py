@@ -48,14 +48,15 @@ from probe.machine import count_flops, matmul_rate
 from probe.progress import Progress
 from probe.sources import Columns, Example, Source, check_labels, display_name, open_source
 from probe.sources.origin import describe_origin
-from probe.stages import Stages, describe_stages
+from probe.stages import StageTimes, describe_stages
 
 if TYPE_CHECKING:
     from probe.engines.ray import RayWorkers
 
 _BATCH_SIZE = 32
-_SHARD_ROWS_CPU, _SHARD_ROWS = 1024, 16384  # about a minute of a CPU's work, 50 MB of 768 float32
-_FAILURES_SHOWN = 20
+_SHARD_ROWS_CPU, _SHARD_ROWS = 1024, 16384  # at most: of 768 float32, 3 MB and 50 MB
+_SHARD_FLOPS_CPU = 2e12  # of a shard, at which a kill or Ctrl-C costs some ten seconds of two cores' work
+_FAILURES_SHOWN, _CLASSES_SHOWN = 20, 10
 _AHEAD = 64  # images that are decoded ahead, at least
 _LONG_ENOUGH = 5.0  # seconds of running after which it is worth half a second to measure the device's rate
 _PROGRAM = 1  # raise it when the towers or the decoder give other numbers for the same weights and images
@@ -98,6 +99,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     done = plan if plan.complete else writer.complete(plan)
     summary = _summarize(config, writer, done or plan, work.num_computed, time.monotonic() - started)
     summary["num_dropped"] = num_dropped
+    summary["left_out"] = source.ignored
     summary["workers"] = workers.summary() if workers else []
     if work.stages is not None and work.run_batch is not None and work.num_computed:
         summary["stages"] = _describe_use(work.stages, work.run_batch, backbone, manifest)
@@ -120,6 +122,10 @@ def describe(summary: dict[str, Any]) -> str:
         names = [display_name(name) for name in summary["class_names"]]
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         lines.append(f"classes ({len(names)}): {shown}")
+    lines += _describe_counts(summary["counts"])
+    if summary["left_out"]:
+        left_out = ", ".join(f"{num:,} {kind or 'without extension'}" for kind, num in summary["left_out"].items())
+        lines.append(f"left out: {left_out}")
     if summary["failures"]:
         lines += [f"failed: {_spell_failure(failure)}" for failure in summary["failures"][:_FAILURES_SHOWN]]
         if num_failed > _FAILURES_SHOWN:
@@ -165,7 +171,7 @@ class _Work:
         self._sealing: Future[None] | None = None  # its way to the disk
         self.num_computed = 0
         self.run_batch: RunBatch | None = None
-        self.stages: Stages | None = None  # where the time went, if there was anything to do
+        self.stages: StageTimes | None = None  # where the time went, if there was anything to do
 
     def run(self) -> None:
         """Makes every shard of this share that is not sealed yet."""
@@ -181,7 +187,7 @@ class _Work:
         self.run_batch = run_batch = make_run_batch(self._backbone)
         made_here = made_by(Device.here())
         batch_size = self._writer.manifest.identity["batch_size"]
-        self.stages = stages = Stages()
+        self.stages = stages = StageTimes()
         with Progress("embedding", total=total, unit="images") as progress, ThreadPoolExecutor(1) as disk:
             images = load_images(
                 self._items(stages),
@@ -220,7 +226,7 @@ class _Work:
             self._await_sealing(stages)
         stages.stop()
 
-    def _finish(self, shard: ShardInWork, number: int, made_here: dict[str, str], stages: Stages) -> None:
+    def _finish(self, shard: ShardInWork, number: int, made_here: dict[str, str], stages: StageTimes) -> None:
         """What is left to do for a shard once all is sent: done in a thread, while the next one is computed."""
         contents = shard.finish()
         self._mine.update(key.tobytes() for key in contents.keys)
@@ -228,7 +234,7 @@ class _Work:
         with stages.timed("write_s"):
             self._writer.seal(self._plan, number, contents, made_here)
 
-    def _await_sealing(self, stages: Stages) -> None:
+    def _await_sealing(self, stages: StageTimes) -> None:
         """Waits until the shard before is on the disk: a full one is heard of here, at most one shard late."""
         if self._sealing is None or self._finishing is None:
             return
@@ -272,7 +278,7 @@ class _Work:
                 for failure in receipt.failures:
                     self._count(failure)
 
-    def _items(self, stages: Stages) -> Iterator[tuple[Item, bytes | Path | ImageError]]:
+    def _items(self, stages: StageTimes) -> Iterator[tuple[Item, bytes | Path | ImageError]]:
         for number in self._numbers:
             if self._writer.find_sealed(self._plan, number) is None:  # it may be, by now, by another process
                 examples = [self._examples[row] for row in self._writer.shard_rows(self._plan, number)]
@@ -310,7 +316,7 @@ class _Work:
             )
 
 
-def _describe_use(stages: Stages, run_batch: RunBatch, backbone: Backbone, manifest: Manifest) -> dict[str, Any]:
+def _describe_use(stages: StageTimes, run_batch: RunBatch, backbone: Backbone, manifest: Manifest) -> dict[str, Any]:
     """The stage table and, after runs that were long enough for it to mean something, the use of the device."""
     table = stages.to_json()
     if stages.wall_s - stages.compile_s >= _LONG_ENOUGH:
@@ -361,8 +367,7 @@ def _settle(config: EmbedConfig, backbone: Backbone, device: Device) -> Manifest
     found = load_manifest(config.out) if (config.out / "cache.json").exists() else None
     fixed = found.identity if found else {}
     batch_size = config.batch_size or fixed.get("batch_size", _BATCH_SIZE)
-    default_rows = _SHARD_ROWS_CPU if device.platform == "cpu" else _SHARD_ROWS
-    shard_rows = config.shard_rows or (found.shard_rows if found else default_rows)
+    shard_rows = config.shard_rows or (found.shard_rows if found else _default_shard_rows(backbone, device))
     if found is None or config.shard_rows is not None:
         shard_rows = math.ceil(shard_rows / batch_size) * batch_size  # only the last batch of all is padded
     wanted = make_manifest(
@@ -391,6 +396,15 @@ def _settle(config: EmbedConfig, backbone: Backbone, device: Device) -> Manifest
     if found is not None:
         check_same(found, wanted, config.out)
     return wanted
+
+
+def _default_shard_rows(backbone: Backbone, device: Device) -> int:
+    """Images of a shard, which is what a kill can cost: the same on every machine of a kind."""
+    if device.platform != "cpu":
+        return _SHARD_ROWS
+    image = jax.ShapeDtypeStruct((1, *backbone.preprocessing.image_size, 3), np.uint8)
+    flops = count_flops(functools.partial(backbone.apply, backbone.variables), image)
+    return max(1, min(_SHARD_ROWS_CPU, int(_SHARD_FLOPS_CPU / flops)))
 
 
 def _inputs(source: Source, examples: list[Example]) -> Inputs:
@@ -452,6 +466,7 @@ def _summarize(
         "num_pending": len(plan.work),
         "num_computed": num_computed,
         "class_names": list(plan.inputs.class_names),
+        "counts": plan.inputs.counts(),
         "views": writer.manifest.identity["views"],
         "batch_size": writer.manifest.identity["batch_size"],
         "seconds": round(seconds, 3),
@@ -461,6 +476,26 @@ def _summarize(
             for row, reason, detail in plan.failures
         ],
     }
+
+
+def _describe_counts(counts: dict[str, dict[str, int]]) -> list[str]:
+    """A line for each split, and one for the classes that it lacks."""
+    lines = []
+    for split, by_class in counts.items():
+        there = {display_name(name): num for name, num in by_class.items() if num}
+        missing = [display_name(name) for name, num in by_class.items() if not num]
+        heading = f"{split or 'no split'}: {sum(there.values()):,} labels"
+        if len(there) > _CLASSES_SHOWN:
+            lines.append(
+                f"{heading}, {min(there.values()):,} to {max(there.values()):,} in each of {len(there):,} classes"
+            )
+        elif there:
+            lines.append(f"{heading} ({', '.join(f'{name} {num:,}' for name, num in there.items())})")
+        if there and missing:
+            more = f" and {len(missing) - _CLASSES_SHOWN} more" if len(missing) > _CLASSES_SHOWN else ""
+            where = split or "what has no split"
+            lines.append(f"note: {where} has no images of {', '.join(missing[:_CLASSES_SHOWN])}{more}")
+    return lines
 
 
 def _spell_failure(failure: dict[str, str]) -> str:

@@ -23,7 +23,7 @@ from probe.cache import FAILED, KNOWN, Facts, Failure, ShardContents
 from probe.errors import InputError, OutOfMemoryError
 from probe.images import ImageError, LoadedImage
 from probe.sources import Example, display_name
-from probe.stages import Stages
+from probe.stages import StageTimes
 
 _BATCHES_IN_FLIGHT = 2  # the device computes one while the next is sent
 
@@ -96,7 +96,7 @@ class ShardInWork:
         batch_size: int,
         dtype: str,
         on_failure: Callable[[Failure], None] = lambda failure: None,
-        stages: Stages | None = None,
+        stages: StageTimes | None = None,
     ) -> None:
         """Args: as for `embed_shard`; stages: where the time is counted."""
         self._dtype, self._on_failure = dtype, on_failure
@@ -104,7 +104,7 @@ class ShardInWork:
         self._rows: list[int] = []
         self._row_of: dict[bytes, int] = {}  # in the order in which they are embedded
         self._failures: dict[bytes, Failure] = {}
-        self._batches = _Batches(run_batch, batch_size, stages or Stages())
+        self._batches = _Batches(run_batch, batch_size, stages or StageTimes())
         self._fetched = threading.Event()
 
     def __contains__(self, key: bytes) -> bool:
@@ -173,7 +173,7 @@ class ShardInWork:
 class _Batches:
     """Collects images, sends full batches to the device, and fetches what it has computed meanwhile."""
 
-    def __init__(self, run_batch: RunBatch, batch_size: int, stages: Stages) -> None:
+    def __init__(self, run_batch: RunBatch, batch_size: int, stages: StageTimes) -> None:
         self._run, self._size, self._stages = run_batch, batch_size, stages
         self._pixels: list[np.ndarray] = []
         self._in_flight: collections.deque[tuple[dict[str, jax.Array], int]] = collections.deque()

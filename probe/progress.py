@@ -25,6 +25,7 @@ class Progress:
         self._verb, self._total, self._unit = verb, total, unit
         self._done = 0
         self._started = self._last_line = time.monotonic()
+        self._num_lines = 0
         console = Console(stderr=True)
         self._bar = (
             RichProgress(
@@ -52,6 +53,8 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
+        elif kind is None and self._num_lines:  # who has seen a line sees the last one, too
+            self._print_line()
 
     def advance(self, num: int) -> None:
         """`num` more units are done."""
@@ -63,11 +66,14 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
-        rate = self._done / (time.monotonic() - self._started)
+        self._num_lines += 1
+        seconds = time.monotonic() - self._started
+        rate = self._done / max(seconds, 1e-9)
         of, left = "", ""
         if self._total is not None:
             of = f" of {self._total:,}"
             left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
+            left = f", done in {seconds:.0f} s" if self._done >= self._total else left
         print(
             f"{self._verb}: {self._done:,}{of} {self._unit}, {rate:.1f} {self._unit}/s{left}",
             file=sys.stderr,

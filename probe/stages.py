@@ -1,4 +1,4 @@
-"""Stages: where the time of `probe embed` goes, which stage bounds it, and how much of the device it uses.
+"""StageTimes: where the time of `probe embed` goes, which stage bounds it, and how much of the device it uses.
 
 One thread moves images from stage to stage and is, at any time, either waiting for one of them or at work itself, so
 that what it waited adds up, with its own work, to the time that the run took:
@@ -24,7 +24,7 @@ _LITTLE = 0.05  # share of the time below which a stage is not said to bound any
 
 
 @dataclasses.dataclass
-class Stages:
+class StageTimes:
     """Seconds, as they are counted while a run lasts; add nothing after `stop`."""
 
     files_s: float = 0.0  # worker-seconds of reading

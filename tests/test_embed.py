@@ -1,5 +1,6 @@
 """`probe embed`: every image gets its own embedding, to the bit, however often and wherever it is run."""
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -13,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from probe import bundle
-from probe.backbones import load_backbone, make_embed_fn
-from probe.cache import FAILED, KNOWN, Cache
+from probe.backbones import Backbone, ViTConfig, build_tower, load_backbone, make_embed_fn
+from probe.cache import FAILED, KNOWN, Cache, load_manifest
 from probe.config import EmbedConfig, FitLinearConfig, PredictConfig
-from probe.embed import describe, embed
-from probe.embedding import Item, embed_shard, make_run_batch, memory_explained
+from probe.embed import _default_shard_rows, describe, embed
+from probe.embedding import Device, Item, embed_shard, make_run_batch, memory_explained
 from probe.errors import ConfigError, FailedImagesError, InputError, MismatchError, OutOfMemoryError, StorageError
 from probe.images import ImageError, LoadedImage, load_image
 from probe.linear import fit_linear
@@ -89,6 +90,40 @@ def test_what_the_cache_says_about_its_images(config, tiny_clip: Path) -> None:
     assert "classes (3): blue, green, red" in text
     assert "48 of 48 images have embeddings" in text
     assert text.endswith("0 failed")
+
+
+def test_counts_and_what_is_missing_are_told(config, image_folder: Path) -> None:
+    shutil.rmtree(image_folder / "test" / "red")
+    (image_folder / "train" / "violet").mkdir()
+    (image_folder / "train" / "notes.txt").write_text("not an image")
+    summary = embed(config())
+    assert summary["counts"] == {
+        "train": {"blue": 12, "green": 12, "red": 12},
+        "test": {"blue": 4, "green": 4, "red": 0},
+    }
+    text = describe(summary)
+    assert "train: 36 labels (blue 12, green 12, red 12)\n" in text
+    assert "test: 8 labels (blue 4, green 4)\n" in text
+    assert "note: test has no images of red\n" in text
+    assert "left out: 1 .txt, 1 folder(s) without images (train/violet)\n" in text
+
+
+def test_a_shard_is_some_seconds_of_work_and_whole_batches(config, tiny_clip: Path) -> None:
+    """What Ctrl-C costs: the larger the tower, the fewer images."""
+    embed(config(shard_rows=None))
+    assert load_manifest(config().out).shard_rows == 1024
+    backbone = load_backbone(tiny_clip)
+    rows = {}
+    for layers in (12, 24):
+        large = ViTConfig(num_hidden_layers=layers, projection_dim=None)
+        tower = build_tower(large)
+        shapes = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+        preprocessing = dataclasses.replace(backbone.preprocessing, resize=224, crop=(224, 224))
+        variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        rows[layers] = _default_shard_rows(Backbone("", None, large, variables, preprocessing), Device("cpu", "cpu"))
+    assert 200 < rows[12] < 260
+    assert rows[24] == pytest.approx(rows[12] / 2, rel=0.05)
+    assert _default_shard_rows(backbone, Device("gpu", "H100")) == 16384
 
 
 def test_an_image_does_not_depend_on_its_place_or_company(config, image_folder: Path, tmp_path: Path) -> None:

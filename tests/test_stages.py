@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from probe.backbones import load_backbone, make_embed_fn
 from probe.machine import PRECISIONS, count_flops, matmul_rate
-from probe.stages import Stages, describe_stages
+from probe.stages import StageTimes, describe_stages
 
 SECONDS = st.floats(0, 1e4)
 
@@ -21,7 +21,7 @@ SECONDS = st.floats(0, 1e4)
 @given(waits=st.tuples(*[SECONDS] * 4), own=SECONDS, files=SECONDS, decode=SECONDS)
 def test_what_was_waited_and_the_program_add_up_to_the_whole(waits, own: float, files: float, decode: float) -> None:
     images, device, write, compiling = waits
-    stages = Stages(files, decode, 0.0, compiling, images, device, write, wall_s=sum(waits) + own)
+    stages = StageTimes(files, decode, 0.0, compiling, images, device, write, wall_s=sum(waits) + own)
     seconds = stages.seconds()
     assert set(seconds) == {"files", "decode", "device", "write", "compile", "program"}
     assert min(seconds.values()) >= 0
@@ -41,7 +41,7 @@ def test_time_is_counted_where_it_is_spent(slow: str) -> None:
             time.sleep(0.02 if slow == "images" else 0)
             yield index
 
-    stages = Stages()
+    stages = StageTimes()
     for _ in stages.waited(images()):
         stages.decode_s += 0.01
         time.sleep(0.02 if slow == "program" else 0)
@@ -59,7 +59,7 @@ def test_a_device_that_ran_dry_is_noticed() -> None:
         def is_ready(self) -> bool:
             return self._ready
 
-    stages = Stages()
+    stages = StageTimes()
     for ready in (True, False, True, True):  # whether it was done when the next batch came
         stages.sending()
         stages.sent(Output(ready), 8)

@@ -116,6 +116,17 @@ class Inputs:
         labels[counts > 0] = self.label_codes
         return labels
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """{split: {class: number of inputs}}, for the splits that there are, "" among them; {} without classes."""
+        if not self.class_names:
+            return {}
+        of_label = np.repeat(self.split, np.diff(self.label_offsets))
+        table = {}
+        for code in np.unique(self.split).tolist():
+            numbers = np.bincount(self.label_codes[of_label == code], minlength=len(self.class_names)).tolist()
+            table[SPLITS[code]] = dict(zip(self.class_names, numbers, strict=True))
+        return table
+
     def take(self, rows: np.ndarray) -> "Inputs":
         """The inputs of `rows`, in that order."""
         label_offsets, picks = _ragged_take(self.label_offsets, rows)

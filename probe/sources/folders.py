@@ -33,10 +33,13 @@ class Listing:
     images: list[Listed]  # sorted by name
     others: dict[str, list[bytes]]  # suffix -> names of the other files
     hidden: int
+    empty: list[bytes] = dataclasses.field(default_factory=list)  # folders with neither images nor folders in them
 
     @property
     def ignored(self) -> dict[str, int]:
         counts = {suffix: len(names) for suffix, names in self.others.items()}
+        if self.empty:
+            counts[f"folder(s) without images ({list_names(self.empty)})"] = len(self.empty)
         return counts | ({"hidden": self.hidden} if self.hidden else {})
 
 
@@ -152,6 +155,7 @@ def list_folder(root: Path) -> Listing:
     images: list[Listed] = []
     others: dict[str, list[bytes]] = collections.defaultdict(list)
     hidden = 0
+    empty: list[bytes] = []
     unreadable: list[str] = []
     seen: set[tuple[bytes, int, int]] = set()  # folders, by top folder: a link may lead to another class, not back
     base = os.fsencode(root)
@@ -161,6 +165,7 @@ def list_folder(root: Path) -> Listing:
         folder = folders.pop() if folders else links.pop()  # links last, so that real names win
         path = join(base, folder)
         inner: list[bytes] = []
+        before = len(images), len(links)
         try:
             identity = _identity(path)
             if (folder and identity == top_identity) or (folder.split(b"/", 1)[0], *identity) in seen:
@@ -179,12 +184,14 @@ def list_folder(root: Path) -> Listing:
                         others[os.fsdecode(suffix)].append(name)
         except OSError as err:
             unreadable.append(f"{list_names([folder or b'.'])} ({err.strerror})")
+        if folder and not inner and (len(images), len(links)) == before:
+            empty.append(folder)
         folders += sorted(inner, reverse=True)
         links.sort(reverse=True)
     if unreadable:
         raise InputError(f"{root}: folders that cannot be read: {', '.join(sorted(unreadable))}")
     images.sort()
-    return Listing(images, {suffix: sorted(names) for suffix, names in others.items()}, hidden)
+    return Listing(images, {suffix: sorted(names) for suffix, names in others.items()}, hidden, sorted(empty))
 
 
 def join(folder: bytes, name: bytes) -> bytes:
