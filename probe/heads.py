@@ -83,7 +83,7 @@ class TrainedHead:
 
     hidden: widths of the hidden layers, () for a linear head; params: nested dict of float32 NumPy arrays. A leaf
     "unit_norm" beside the layers says that embeddings are divided by their norm first; a leaf "bank" makes it a
-    k-NN head, whose other leaves are the arguments of `neighbour_logits`.
+    k-NN head, whose other leaves are the arguments of `neighbour_logits`, and "calibration", which divides its logits.
     """
 
     hidden: tuple[int, ...]
@@ -99,7 +99,8 @@ class TrainedHead:
             num_classes, num_neighbours = int(params["num_classes"]), int(params["num_neighbours"])
             bank, labels = params["bank"], params["bank_labels"].astype(np.int32)
             temperature = float(params["temperature"])
-            return neighbour_logits(embeddings, bank, labels, num_classes, num_neighbours, temperature)
+            votes = neighbour_logits(embeddings, bank, labels, num_classes, num_neighbours, temperature)
+            return votes / float(params.get("calibration", 1))  # runs of before have none
         num_outputs = len((params["out"] if self.hidden else params)["bias"])
         with jax.default_matmul_precision("highest"):
             logits = make_head(num_outputs, self.hidden).apply({"params": params}, embeddings)

@@ -187,7 +187,7 @@ def fit_data(
     if config.head == "linear":
         fitted = fit_ridge(config, data) if config.solver == "ridge" else fit_convex(config, data, report)
     else:
-        fitted = fit_mlp(config, data) if config.head == "mlp" else fit_knn(config, data)
+        fitted = fit_mlp(config, data, report) if config.head == "mlp" else fit_knn(config, data)
     figures = {}
     for name, rows in (("train", data.splits.train), ("test", data.splits.test)):
         if len(rows):

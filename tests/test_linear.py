@@ -1,6 +1,9 @@
 """fit-linear: test rows choose nothing, figures come from rows that chose nothing, and traps of other programs."""
 
+import ast
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +12,14 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import Ridge as SklearnRidge
 
+from probe import probing
+from probe.cache import write_cache
 from probe.config import FitLinearConfig
 from probe.errors import ConfigError, InputError, NumericalError
-from probe.linear import apply_head, check_finite, describe, fit_data, make_data
+from probe.evaluation import predictions
+from probe.evaluation.calibration import fit_temperature
+from probe.heads import class_logits
+from probe.linear import apply_head, check_finite, describe, fit_data, fit_linear, make_data
 from probe.probing.curve import Curve, RowScores, beyond
 from probe.probing.ridge import Ridge
 from probe.probing.scaling import Scaling
@@ -437,3 +445,81 @@ def test_a_grid_is_continued_where_its_edge_is_best():
         assert penalties == sorted(penalties, reverse=True)
         assert len(penalties) == 21
         assert penalties[0] == pytest.approx(1e10 * penalties[-1])
+
+
+@pytest.mark.parametrize("num_val", [0, 30])
+@pytest.mark.parametrize(
+    "options",
+    [{"penalties": (0.01,)}, {"solver": "ridge"}, {"head": "knn"}],
+    ids=["lbfgs", "ridge", "knn"],
+)
+def test_out_of_fold_answers_of_every_training_row_are_saved(tmp_path, options, num_val):
+    """They are read back by name, and are what the fit made of the row that has the name."""
+    embeddings, labels, splits = arrays(num_val=num_val)
+    names = [f"{row * 7919 % 120:03d}.png".encode() for row in range(120)]
+    write_cache(
+        tmp_path / "cache",
+        embeddings,
+        names=names,
+        labels=labels,
+        class_names=NAMES,
+        splits=splits.tolist(),
+        shard_rows=50,
+    )
+    with_paths = FitLinearConfig(cache=tmp_path / "cache", out=tmp_path / "run", **options)
+    fit_linear(with_paths)
+    _, fitted, _ = run(config(**options), embeddings, labels, splits)
+    saved = predictions.load(tmp_path / "run")
+    train = saved.take(saved.splits == "train")
+    row_of = {name: row for row, name in enumerate(names)}
+    rows = [row_of[name] for name in train.names]
+    assert sorted(rows) == np.flatnonzero(splits == "train").tolist()
+    np.testing.assert_array_equal(train.labels, labels[rows])
+    expected = dict(zip(np.flatnonzero(splits == "train"), fitted.out_of_fold, strict=True))
+    np.testing.assert_allclose(train.logits, [expected[row] for row in rows], atol=1e-5)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("num_val", [0, 30])
+@pytest.mark.parametrize(
+    "options",
+    [{"head": "knn"}, {"head": "mlp", "hidden": (8,), "learning_rate": 1e-2, "batch_size": 8}],
+    ids=["knn", "mlp"],
+)
+def test_neighbours_and_layers_are_calibrated_too(options, num_classes, num_val):
+    """The saved head's probabilities are sharper or flatter than those of the votes or layers, by its temperature."""
+    embeddings, labels, splits = arrays(num_classes, num_val=num_val)
+    data, fitted, metrics = run(config(**options), embeddings, labels, splits)
+    temperature = metrics["temperature"]
+    assert temperature != 1
+    if options["head"] == "knn":
+        raw = dataclasses.replace(fitted.head, params={**fitted.head.params, "calibration": np.float32(1)})
+        assert fit_temperature(fitted.out_of_fold, labels[data.splits.train]) == pytest.approx(temperature)
+        ratio = np.asarray(raw.apply(embeddings)) / np.asarray(fitted.head.apply(embeddings))
+        np.testing.assert_allclose(ratio, temperature, rtol=1e-4)
+    else:  # no other number makes its answers to validation likelier
+        val = np.asarray(class_logits(fitted.head.apply(embeddings[data.splits.val])))
+        assert fit_temperature(val, labels[data.splits.val]) == pytest.approx(1, rel=1e-3)
+
+
+def test_no_failure_is_taken_for_a_score():
+    """Where any error counts as a score of 0, a search picks among what happened not to fail."""
+    root = Path(probing.__file__).parents[1]
+    modules = [*root.glob("probing/*.py"), *root.glob("evaluation/*.py"), root / "linear.py", root / "compare.py"]
+    assert len(modules) > 20
+    caught = [
+        ast.unparse(handler.type) if handler.type else "anything"
+        for module in modules
+        for handler in ast.walk(ast.parse(module.read_text()))
+        if isinstance(handler, ast.ExceptHandler)
+    ]
+    assert not {"anything", "Exception", "BaseException"} & set(caught)
+
+
+def test_a_search_stops_where_one_of_its_fits_has_no_optimum():
+    """The other scaling has one, and would win if a failure were a low score."""
+    embeddings, labels, splits = arrays()
+    embeddings[:, 0] += 100 * labels
+    options = config(penalties=(1.0, 0.0), scalings=("standard", "l2"), criterion="nll")
+    with pytest.raises(NumericalError, match="Give a λ above 0"):
+        run(options, embeddings, labels, splits)

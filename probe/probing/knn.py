@@ -1,12 +1,14 @@
 """`--head knn`: the training rows themselves as the classifier, as DINOv2's evaluation has it.
 
 A row's nearest neighbours by cosine vote for their classes with weight exp(cosine / temperature). Source: Wu et al.
-2018, arXiv:1805.01978; temperature 0.07 and k of 10, 20, 100 and 200 as in DINOv2's `eval/knn.py`.
+2018, arXiv:1805.01978; temperature 0.07 and k of 10, 20, 100 and 200 as in DINOv2's `eval/knn.py`. Votes are no
+probabilities: another temperature, fitted on answers to train without the row itself, makes them such.
 """
 
 import numpy as np
 
 from probe.config import FitLinearConfig
+from probe.evaluation.calibration import fit_temperature
 from probe.heads import TrainedHead, class_logits, neighbour_logits
 from probe.probing.curve import Curve, RowScores
 from probe.probing.protocol import Data, Fitted
@@ -42,6 +44,7 @@ def fit_knn(config: FitLinearConfig, data: Data) -> Fitted:
     judged = np.empty_like(logits[0])
     for pick, rows, _ in halves:
         judged[rows] = logits[pick, rows]
+    calibration = fit_temperature(out_of_fold[best], bank_labels)
     fitted_on = splits.train
     if splits.val_is_given and not config.no_refit:
         fitted_on = np.concatenate([splits.train, splits.val])
@@ -51,18 +54,21 @@ def fit_knn(config: FitLinearConfig, data: Data) -> Fitted:
         "num_classes": np.float32(data.num_classes),
         "num_neighbours": np.float32(counts[best]),
         "temperature": np.float32(TEMPERATURE),
+        "calibration": np.float32(calibration),
     }
     return Fitted(
         head=TrainedHead((), params),
         view=view,
         val_rows=judged_rows,
         val_logits=judged if halves else None,
-        val_of="neighbours in train other than the row itself, k for each half of the rows chosen by the other half",
+        val_of="neighbours in train other than the row itself, k for each half of the rows chosen by the other half, "
+        "not calibrated",
         out_of_fold=out_of_fold[best],
         facts={
             "fitted_on": "train" if len(fitted_on) == len(splits.train) else "train + val",
             "view": view,
             "num_neighbours": counts[best],
+            "temperature": calibration,
             "chosen_by": config.criterion + (", one standard error" if config.one_standard_error else ""),
             "curves": curve.lines({"num_neighbours": np.array(counts)}),
         },

@@ -7,21 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from probe.config import FitLinearConfig
+from probe.evaluation.calibration import fit_temperature
 from probe.evaluation.choice import cross_fitted
 from probe.heads import Params, TrainedHead, make_head, num_logits
-from probe.probing.protocol import Data, Fitted
+from probe.probing.protocol import Data, Fitted, Report, silent
 from probe.probing.scaling import Scaling
 from probe.training.steps import Batch, padded_batches, shuffled
 from probe.training.train import fit
 
 
-def fit_mlp(config: FitLinearConfig, data: Data) -> Fitted:
+def fit_mlp(config: FitLinearConfig, data: Data, report: Report = silent) -> Fitted:
     """Adam on shuffled batches of train, the epoch chosen on validation.
 
-    There is no second fit: the number of epochs that suits train would not be the one that suits more rows.
+    There is no second fit: the number of epochs that suits train would not be the one that suits more rows. What
+    validation says calibrates the saved head: its last layer is divided by a temperature.
     """
     view, splits = config.views[0], data.splits
     embeddings = data.in_memory(view)
@@ -47,19 +50,25 @@ def fit_mlp(config: FitLinearConfig, data: Data) -> Fitted:
         ),
         num_epochs=config.epochs,
         seed=config.seed,
+        on_epoch=lambda epoch: report("training", epoch.epoch, config.epochs, "epochs"),
     )
+    temperature = fit_temperature(result.val_logits[result.best], result.val_labels)
+    head = {**result.params["head"]}
+    head["out"] = {name: np.asarray(value) / np.float32(temperature) for name, value in head["out"].items()}
     return Fitted(
-        head=TrainedHead(config.hidden, scaling.fold(result.params["head"])),
+        head=TrainedHead(config.hidden, scaling.fold(head)),
         view=view,
         val_rows=splits.val,
         val_logits=cross_fitted(result.val_logits, result.val_labels),
-        val_of="the epochs of one training, each half of the rows judged by the epoch that the other half chose",
+        val_of="the epochs of one training, each half of the rows judged by the epoch that the other half chose, "
+        "not calibrated",
         facts={
             "fitted_on": "train",
             "view": view,
             "scaling": config.scalings[0],
             "hidden": list(config.hidden),
             "epoch": result.best + 1,
+            "temperature": temperature,
             "num_epochs": config.epochs,
             "history": [dataclasses.asdict(epoch) for epoch in result.history],
         },
