@@ -2,7 +2,8 @@
 
 A verb runs in a thread of its own and asks now and then whether to stop; the main thread only waits, so that
 a signal is answered at once whatever the verb is in (a compilation can take a minute and hears nothing). What
-ends within `_GRACE_SECONDS` ends in good order; the rest is cut off, which a cache survives by construction.
+ends within `_GRACE_SECONDS` ends in good order; the rest is cut off, which a cache survives by construction. A training
+asks for more time (`patiently`): its last steps are in no file yet.
 """
 
 import contextlib
@@ -34,6 +35,8 @@ class Interrupted(ProbeError):  # noqa: N818  # named as KeyboardInterrupt is: i
 
 class _State:
     signum: int | None = None  # the signal that asked to stop
+    is_patient: bool = False
+    before_stop: str = ""
 
 
 def stop_requested() -> bool:
@@ -45,6 +48,20 @@ def check() -> None:
     """Raises: Interrupted if the verb should end."""
     if _State.signum is not None:
         raise Interrupted(_State.signum)
+
+
+@contextlib.contextmanager
+def patiently(what: str) -> Iterator[None]:
+    """Within it the verb, which checks often, may take its time to stop; only a second signal ends it at once.
+
+    Args:
+      what: it has to do before it stops, for the line on stderr: "saving a checkpoint".
+    """
+    _State.is_patient, _State.before_stop = True, what
+    try:
+        yield
+    finally:
+        _State.is_patient = False
 
 
 def run_interruptibly(function: Callable[[], T]) -> T:
@@ -73,10 +90,14 @@ def run_interruptibly(function: Callable[[], T]) -> T:
         threading.Thread(target=work, name="verb", daemon=True).start()
         deadline = None
         while not done.wait(0.05):  # short: how late a signal is heard where waiting cannot be interrupted
-            if _State.signum is not None:
-                deadline = deadline or time.monotonic() + _GRACE_SECONDS
-                if time.monotonic() > deadline:
-                    _end_now(_State.signum)
+            if _State.signum is None:
+                continue
+            if deadline is None and _State.is_patient:
+                print(f"stopping: {_State.before_stop}; a second signal ends it at once", file=sys.stderr)
+            if deadline is None or _State.is_patient:
+                deadline = time.monotonic() + _GRACE_SECONDS
+            if time.monotonic() > deadline:
+                _end_now(_State.signum)
         signum = _State.signum
     if results:
         return results[0]

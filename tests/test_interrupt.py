@@ -39,6 +39,21 @@ def work():
 main(work)
 """
 
+PATIENT = """
+interrupt._GRACE_SECONDS = 0.1
+def work():
+    with interrupt.patiently("saving it"):
+        print("ready", flush=True)
+        while not interrupt.stop_requested():
+            time.sleep(0.01)
+        time.sleep(1)
+        print("saved", flush=True)
+    if len(sys.argv) > 1:
+        time.sleep(30)
+    interrupt.check()
+main(work)
+"""
+
 BROKEN_BY_IT = """
 def work():
     print("ready", flush=True)
@@ -108,6 +123,21 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     returncode, _, _, seconds = signalled(start(DEAF, str(tmp_path / "none")), signal.SIGINT, signal.SIGINT)
     assert returncode == 130
     assert seconds < 1
+
+
+def test_one_that_has_something_to_save_gets_the_time() -> None:
+    returncode, out, err, _ = signalled(start(PATIENT), signal.SIGTERM)
+    assert (returncode, out) == (143, "saved\nstopped in order: stopped by SIGTERM\n")
+    assert err == "stopping: saving it; a second signal ends it at once\n"
+
+
+def test_patience_has_an_end() -> None:
+    returncode, out, err, seconds = signalled(start(PATIENT, "then hang"), signal.SIGTERM)
+    assert (returncode, out) == (143, "saved\n")
+    assert "stopped by SIGTERM" in err
+    assert seconds < 5
+    returncode, out, *_ = signalled(start(PATIENT), signal.SIGINT, signal.SIGINT)
+    assert (returncode, out) == (130, "")
 
 
 def test_a_compilation_is_cut_off() -> None:

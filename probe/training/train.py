@@ -3,10 +3,11 @@
 Knows an `apply_fn` (see `probe.training.steps`), not which mode it is in.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from probe.training.steps import (
     predict_logits,
 )
 
-_STEPS_BETWEEN_CHECKS = 50  # how many steps may run ahead before the host looks at their losses
+_STEPS_BETWEEN_CHECKS = 50  # after so many the host looks at the losses
+_STEPS_AHEAD = 2  # dispatched before the device has done them: it is kept busy, and a signal need not wait for more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,22 +150,24 @@ def fit(
         apply_fn, tx, prepare=prepare, num_microbatches=num_microbatches, average_decay=average_decay
     )
     eval_step = make_eval_step(apply_fn)
-    while len(run.history) < num_epochs and not run.out_of_patience(patience):
-        start, epoch = time.monotonic(), len(run.history)
-        for batch in itertools.islice(train_batches(epoch), run.batches_done, None):
-            batch = place_batch(dataclasses.replace(batch, epoch=np.int32(epoch)))
-            run.state, sums = train_step(run.state, frozen, batch)
-            run.count(sums)
-        total = run.settle()
-        batches = (place_batch(batch) for batch in val_batches())
-        logits, labels = predict_logits(eval_step, run.state.judged, frozen, run.state.model_state, batches)
-        val_accuracy, val_loss = score(logits, labels)
-        run.check_finite("validation loss", val_loss, run.step)
-        seconds = time.monotonic() - start
-        train_loss, train_accuracy = float(total.nll), float(total.accuracy)
-        line = Epoch(epoch + 1, run.step, train_loss, train_accuracy, val_loss, val_accuracy, seconds)
-        run.end_epoch(line, logits, labels, wanted)
-        on_epoch(line)
+    patience_with_signals = interrupt.patiently("saving a checkpoint") if checkpointing else contextlib.nullcontext()
+    with patience_with_signals:
+        while len(run.history) < num_epochs and not run.out_of_patience(patience):
+            start, epoch = time.monotonic(), len(run.history)
+            for batch in itertools.islice(train_batches(epoch), run.batches_done, None):
+                batch = place_batch(dataclasses.replace(batch, epoch=np.int32(epoch)))
+                run.state, sums = train_step(run.state, frozen, batch)
+                run.count(sums)
+            total = run.settle()
+            batches = (place_batch(batch) for batch in run.heeding(val_batches()))
+            logits, labels = predict_logits(eval_step, run.state.judged, frozen, run.state.model_state, batches)
+            val_accuracy, val_loss = score(logits, labels)
+            run.check_finite("validation loss", val_loss, run.step)
+            seconds = time.monotonic() - start
+            train_loss, train_accuracy = float(total.nll), float(total.accuracy)
+            line = Epoch(epoch + 1, run.step, train_loss, train_accuracy, val_loss, val_accuracy, seconds)
+            run.end_epoch(line, logits, labels, wanted)
+            on_epoch(line)
     logits, labels = np.stack(run.val_logits), run.val_labels
     return FitResult(run.history, best_candidate(logits, labels), run.snapshots, logits, labels)
 
@@ -182,17 +186,39 @@ class _Run:
         self._total: Metrics | None = None  # of the epoch under way
         self._ahead: list[Metrics] = []  # on the device: steps are dispatched without waiting for one another
         self._checkpointing = checkpointing
+        self._saved_step = -1
 
     def count(self, sums: Metrics) -> None:
         """Books a step."""
         self._ahead.append(sums)
         self.step += 1
         self.batches_done += 1
+        if len(self._ahead) > _STEPS_AHEAD:
+            jax.block_until_ready(self._ahead[-1 - _STEPS_AHEAD])
         if len(self._ahead) == _STEPS_BETWEEN_CHECKS:
             self.settle()
-        if self._checkpointing and (self.step % self._checkpointing.every_steps == 0 or interrupt.stop_requested()):
+        if self._checkpointing and self.step % self._checkpointing.every_steps == 0:
             self.save()
-        interrupt.check()
+        self.heed()
+
+    def heed(self) -> None:
+        """Raises: Interrupted where a signal asks to stop, once a checkpoint is written that goes on from here."""
+        if self._checkpointing and interrupt.stop_requested() and self.step > self._saved_step:
+            self.save()
+        try:
+            interrupt.check()
+        except interrupt.Interrupted as stop:
+            if self._checkpointing is None:
+                raise
+            last = checkpoints.find(self._checkpointing.folder, "last")
+            hint = f"{last} is kept; go on with --resume" if last else ""
+            raise interrupt.Interrupted(stop.signum, hint) from None
+
+    def heeding(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, for as long as no signal asks to stop."""
+        for batch in batches:
+            self.heed()
+            yield batch
 
     def settle(self) -> Metrics:
         """Waits for all steps so far, checks their losses, and returns the sums over the epoch under way."""
@@ -260,6 +286,7 @@ class _Run:
             "val_labels": self.val_labels,
         }
         checkpoints.save(self._checkpointing.folder, self.step, tree, record, best=at_best)
+        self._saved_step = self.step
 
     def restore(self) -> None:
         """Goes on from the last checkpoint, if there is one."""
@@ -281,7 +308,7 @@ class _Run:
         }
         found = checkpoints.load(folder, "last", like, expect=self._checkpointing.record)
         tree = found.tree
-        self.state, self.step = tree["state"], found.step
+        self.state, self.step, self._saved_step = tree["state"], found.step, found.step
         self.batches_done = record["batches_done"]
         self.history = [Epoch(**line) for line in record["history"]]
         self.val_logits, self.val_labels = list(tree["val_logits"].values()), tree["val_labels"]

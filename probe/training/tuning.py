@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
+from probe import interrupt
 from probe.backbones import Backbone
 from probe.backbones.split import make_suffix
 from probe.config import FinetuneConfig, to_json
@@ -149,8 +150,13 @@ class Tuning:
         """Logits [n, C] of the given rows, by the weights at α between the start and an epoch's end."""
         trained, state = self._placement.place(self._between(alpha, epoch))
         network, batches = self._evaluation(rows)
-        placed = (self._placement.place_batch(batch) for batch in batches)
-        return steps.predict_logits(network.eval_step, trained, network.frozen, state, placed)[0]
+
+        def placed() -> Iterator[steps.Batch]:
+            for batch in batches:
+                interrupt.check()  # training has ended, and its checkpoint stands
+                yield self._placement.place_batch(batch)
+
+        return steps.predict_logits(network.eval_step, trained, network.frozen, state, placed())[0]
 
     def variables(self, alpha: float, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """All parameters and the model state, by the same."""
