@@ -486,6 +486,13 @@ class FinetuneConfig:
             _require(self.patience >= 1, "patience", "at least 1", self.patience)
         if self.image_size is not None:
             _require(self.image_size >= 1, "image-size", "at least 1", self.image_size)
+        if _is_share(self.wise):
+            knows_something = self.init != "zeros"  # else there is nothing to gain between start and end
+            _require(knows_something, "wise", "best or off with --init zeros", self.wise)
+        if self.cache is not None:
+            _require(self.init == "probe", "cache", f"left out with --init {self.init}, which reads none", self.cache)
+        if self.resume:
+            _require(self.checkpoint_every > 0, "checkpoint-every", "above 0 with --resume", self.checkpoint_every)
         if self.views is not None:
             _require(self.views >= 1, "views", "at least 1", self.views)
         _require(self.cache_prefix != "", "cache-prefix", "auto, off or a folder", "nothing")

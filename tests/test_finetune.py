@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import functools
 import json
+import os
+import random
 import subprocess
 import sys
 import time
@@ -236,6 +238,69 @@ def test_the_probe_takes_embeddings_from_a_cache_that_matches(config, tiny_resne
         finetune(config)
 
 
+def test_validation_rows_have_no_part_in_the_probe(tmp_path, tiny_clip):
+    """With their labels exchanged the start is the same, to the bit."""
+    images = write_image_folder(tmp_path / "images", {"train": 12, "val": 4})
+    heads = []
+    for turn in range(2):
+        out = tmp_path / f"run-{turn}"
+        options = {"epochs": 1, "wise": "0", "keep": "finetuned", "checkpoint_every": 0, "num_workers": 1}
+        finetune(FinetuneConfig(images=images, backbone=str(tiny_clip), out=out, **options))
+        heads.append(bundle.load(out).head.params)
+        (images / "val" / "red").rename(images / "val" / "rest")
+        (images / "val" / "blue").rename(images / "val" / "red")
+        (images / "val" / "rest").rename(images / "val" / "blue")
+    jax.tree.map(np.testing.assert_array_equal, *heads)
+
+
+def test_dropout_acts_in_training_alone(tiny_clip):
+    backbone = load_backbone(str(tiny_clip))
+    dropping = dataclasses.replace(backbone, config=dataclasses.replace(backbone.config, attention_dropout=0.5))
+    images, _ = random_images(backbone, 4)
+
+    def logits(of, key):
+        apply_fn, params, state = classifier_of(of)
+        return np.asarray(apply_fn(params, state, images, key)[0])
+
+    first, second = (logits(dropping, jax.random.key(seed)) for seed in (0, 1))
+    assert np.abs(first - second).max() > 1e-3
+    np.testing.assert_array_equal(first, logits(dropping, jax.random.key(0)))
+    np.testing.assert_array_equal(logits(dropping, None), logits(backbone, None))
+    np.testing.assert_allclose(logits(backbone, jax.random.key(0)), logits(backbone, None), atol=1e-6)
+
+
+def test_eight_devices_give_the_same_run(config, tmp_path):
+    """The whole verb, weights divided over the devices, with a cached prefix: the losses of one device."""
+    one = finetune(dataclasses.replace(config, unfreeze_last=1, cache_prefix="off"))
+    eight = subprocess.run(
+        arguments(dataclasses.replace(config, out=tmp_path / "eight"), "--fsdp", "--unfreeze-last", "1", "--json"),
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(eight.stdout)
+    assert found["cached_prefix"] == {"num_blocks": 1, "num_views": 1}
+    for line, other in zip(found["history"], one["history"], strict=True):
+        for loss in ("train_loss", "val_loss"):
+            assert line[loss] == pytest.approx(other[loss], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wise": "0.5"}, "--wise must be best or off with --init zeros"),
+        ({"cache": "c"}, "--cache must be left out with --init zeros"),
+        ({"resume": True}, "--checkpoint-every must be above 0 with --resume"),
+        ({"cache_prefix": ""}, "--cache-prefix must be auto, off or a folder"),
+        ({"views": 0}, "--views must be at least 1"),
+    ],
+)
+def test_options_that_would_do_nothing_are_errors(config, options, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(config, **options)
+
+
 def test_everything_at_once(config):
     """Augmentation, SGD, clipping, accumulation, averaging, bfloat16, rematerialisation: one run that learns."""
     options = {
@@ -271,21 +336,41 @@ def arguments(config, *more):
     return [sys.executable, "-m", "probe.cli", "finetune", *paths, *options, *more]
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(config, tmp_path):
-    """kill -9 as soon as the second checkpoint is there, which is in the middle of the run."""
+def newest_step(checkpoints):
+    """Of the checkpoints in a folder; -1 where there is none."""
+    return max((int(path.name.split("-")[2]) for path in checkpoints.glob("0*-step-*")), default=-1)
+
+
+def test_a_run_killed_and_stopped_goes_on_to_the_same_bits(config, tmp_path):
+    """kill -9 at a random step, then SIGTERM at a later one, in a run of 12 steps and 3 epochs."""
     whole = dataclasses.replace(config, out=tmp_path / "whole")
-    subprocess.run(arguments(whole), check=True, capture_output=True)
-    checkpoints = config.out.with_name("run.checkpoints")
-    process = subprocess.Popen(arguments(config, "--checkpoint-every", "3"), stderr=subprocess.DEVNULL)
-    while len(list(checkpoints.glob("0*-step-*"))) < 2 and process.poll() is None:
-        time.sleep(0.005)
+    first_run = subprocess.run(arguments(whole), check=True, capture_output=True, text=True)
+    rows = [line for line in first_run.stderr.splitlines() if "│" in line]
+    assert any("backbone" in row and "0.001" in row for row in rows)  # the table of parts and their rates
+    assert any("head" in row and " 51 " in row and "0.1" in row for row in rows)
+    checkpoints, rng = config.out.with_name("run.checkpoints"), random.Random()
+    kill_at = rng.randint(1, 6)
+    process = subprocess.Popen(arguments(config, "--checkpoint-every", "1"), stderr=subprocess.DEVNULL)
+    while newest_step(checkpoints) < kill_at and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.1))  # into a step, or into the next checkpoint
     process.kill()
     process.wait()
-    assert not config.out.exists()
-    refused = subprocess.run(arguments(config), capture_output=True, text=True)
-    assert refused.returncode == 3
-    assert "go on with it by --resume" in refused.stderr
-    subprocess.run(arguments(config, "--checkpoint-every", "3", "--resume"), check=True, capture_output=True)
+    assert not config.out.exists(), kill_at
+    with pytest.raises(InputError, match="go on with it by --resume"):
+        finetune(config)
+    step = newest_step(checkpoints)
+    command = arguments(config, "--checkpoint-every", "1000", "--resume")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while newest_step(checkpoints) == step and process.poll() is None:  # the end of an epoch
+        time.sleep(0.002)
+    process.terminate()
+    _, err = process.communicate()
+    if process.returncode:  # else it was through already
+        assert process.returncode == 143, err
+        assert f"step-{newest_step(checkpoints)}" in err
+        assert newest_step(checkpoints) > step
+        subprocess.run(command, check=True, capture_output=True)
     assert not checkpoints.exists()
     for name in ("head.safetensors", "backbone/model.safetensors"):
         assert (config.out / name).read_bytes() == (whole.out / name).read_bytes()
