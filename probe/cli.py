@@ -44,6 +44,7 @@ _Command = (
     | Annotated[configs.CompareConfig, subcommand("compare", prefix_name=False)]
     | Annotated[configs.ReportConfig, subcommand("report", prefix_name=False)]
     | Annotated[configs.DoctorConfig, subcommand("doctor", prefix_name=False)]
+    | Annotated[configs.AuditConfig, subcommand("audit", prefix_name=False)]
     | Annotated[_Cache, subcommand("cache", description="List, verify, join and exchange caches.", prefix_name=False)]
 )
 
@@ -143,6 +144,10 @@ def _verb_of(config: object) -> tuple[_Verb, _Describe]:
             from probe import compare
 
             return compare.compare, compare.describe
+        case configs.AuditConfig():
+            from probe import audit
+
+            return audit.audit, audit.describe
         case configs.ReportConfig():
             from probe import report
 

@@ -588,3 +588,28 @@ class DoctorConfig:
     """Folder, archive or manifest of images to measure with (if not given: two photos that scikit-learn brings)."""
     json: Flag = False
     """Print the measurements to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """Say what is likely wrong with the data: duplicates across splits, wrong labels, outliers, leaking groups."""
+
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
+    """Cache folder."""
+    run: IfGiven[Path] = None
+    """Run whose answers judge the labels, and whose report gets the findings (if not given: a head is fitted now)."""
+    out: IfGiven[Path] = None
+    """Folder for audit.csv and audit.json (if not given: the run's, or the folder audit)."""
+    overwrite: Flag = False
+    """Replace an earlier audit."""
+    fix: IfGiven[Path] = None
+    """Also write a CSV manifest of the images without the rows marked drop, for `probe embed`."""
+    images: IfGiven[Path] = None
+    """Where the images are now, if they have moved."""
+    seed: int = 0
+    """Seed of the folds."""
+    json: Flag = False
+    """Print the findings to stdout as JSON."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", "zero or more", self.seed)

@@ -18,9 +18,8 @@ from probe.heads import class_logits
 from probe.images import load_images
 from probe.progress import Progress
 from probe.sources import display_name, open_images
+from probe.spreadsheet import inert
 from probe.storage import atomic_write_bytes, require_file
-
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet would run such a cell (OWASP)
 
 
 def predict(config: PredictConfig) -> dict[str, Any]:
@@ -115,13 +114,8 @@ def _decide(probabilities: np.ndarray, classifier: bundle.Bundle) -> str | list[
 def _csv(result: dict[str, Any]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "predicted", *map(_inert, result["class_names"])])
+    writer.writerow(["path", "predicted", *map(inert, result["class_names"])])
     for row in result["predictions"]:
         predicted = row["predicted"] if isinstance(row["predicted"], str) else "|".join(row["predicted"])
-        writer.writerow([_inert(row["path"]), _inert(predicted), *(f"{p:.6f}" for p in row["probabilities"])])
+        writer.writerow([inert(row["path"]), inert(predicted), *(f"{p:.6f}" for p in row["probabilities"])])
     return text.getvalue().encode(errors="surrogateescape")  # a name that is no text keeps its bytes
-
-
-def _inert(cell: str) -> str:
-    """The cell as text that a spreadsheet shows and does not run."""
-    return f"'{cell}" if cell.startswith(_FORMULA_STARTS) else cell

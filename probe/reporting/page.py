@@ -1,21 +1,15 @@
 """`report.html`: one self-contained page, made of the files of a run folder and of what they point at.
 
-The page asks no host for anything and runs nothing but its own script: a content-security policy names style and
-script by their hashes. Every name in it is text, escaped by the template. Pictures are re-encoded, as many as fit.
+Pictures are re-encoded, as many as fit; galleries have them first.
 """
 
-import base64
-import functools
-import hashlib
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from probe import bundle, provenance
 from probe.cache import Cache
@@ -23,8 +17,10 @@ from probe.errors import CorruptError, InputError, MismatchError, ProbeError
 from probe.evaluation import predictions
 from probe.reporting import advice, plots
 from probe.reporting.answers import Answers, confusion_matrix, reliability, worst_classes
-from probe.reporting.charts import number, percent
+from probe.reporting.audit_page import JSON_NAME, audit_context
+from probe.reporting.charts import percent
 from probe.reporting.embedding_map import Map, Method, make_map
+from probe.reporting.rendering import render_page
 from probe.reporting.thumbnails import Thumbnails, load_thumbnails
 from probe.sources import display_name
 from probe.sources.origin import describe_origin
@@ -37,7 +33,6 @@ _MAX_THUMBNAILS = 1_300  # of about 3.5 kB: more would not fit
 _NUM_MISTAKES, _NUM_HITS = 24, 12
 _NUM_CLASSES, _MATRIX_CLASSES = 100, 24
 _SPARE_BYTES = 50_000
-_TEMPLATES = Path(__file__).parent / "templates"
 
 FIGURES = {
     "accuracy": "Accuracy",
@@ -65,6 +60,7 @@ def write_report(
     cache: Path | None = None,
     method: Method = "pca",
     out: Path | None = None,
+    audit: Path | None = None,
     num_workers: int | None = None,
 ) -> dict[str, Any]:
     """Writes the page.
@@ -74,6 +70,7 @@ def write_report(
       images, cache: where they are now, if not where they were; what is not found is left out, and the page says so.
       method: of the map.
       out: file to write; None: report.html in the run folder.
+      audit: audit.json to show; None: the run folder's, if there is one.
     Returns: report, the path; bytes; num_rows that the page knows, num_points on its map, num_thumbnails; notes, on
       what is missing.
     Raises: InputError, CorruptError as `bundle.load` does; MismatchError for a cache of another backbone that was
@@ -86,6 +83,7 @@ def write_report(
     answers = _answers(run, notes)
     data: dict[str, Any] = {"texts": [], "rows": None}
     pictures = Thumbnails({}, None)
+    origin = describe_origin(images) if images is not None else made.get("source")
     shown = np.zeros(0, np.int64)
     plane: Map | None = None
     mistakes = hits = np.zeros(0, np.int64)
@@ -94,7 +92,6 @@ def write_report(
         shown = _shown_rows(answers, np.concatenate([mistakes, hits]))
         plane = _map(classifier, answers, shown, made, cache, method, notes)
         data = _data(answers, shown, plane)
-        origin = describe_origin(images) if images is not None else made.get("source")
         wanted = _by_priority(answers, shown, (mistakes, hits))[:_MAX_THUMBNAILS]
         named = {row: (answers.of.names[row], answers.of.keys[row].tobytes()) for row in wanted}
         pictures = load_thumbnails(origin, named, num_workers=num_workers)
@@ -102,13 +99,15 @@ def write_report(
             notes.append(f"Not every image has a picture: {pictures.missing}.")
     context = _context(run, classifier, metrics, config, made, answers, mistakes, hits)
     context |= {"notes": notes, "plane": plane, "num_shown": len(shown)}
+    findings = audit or run / JSON_NAME
+    context["audit"] = audit_context(findings, origin) if findings.is_file() else None
 
     def render(uris: dict[int, str]) -> bytes:
         place = {int(row): i for i, row in enumerate(shown)}
         in_galleries = {*mistakes.tolist(), *hits.tolist()}
         others = {place[row]: uri for row, uri in uris.items() if row not in in_galleries}
         page = {**context, "uris": uris, "place": place, "data": {**data, "thumbs": others}, "num_uris": len(uris)}
-        return _render(page).encode(errors="replace")
+        return render_page("report.html", page)
 
     budget = MAX_BYTES - _SPARE_BYTES - len(render({}))
     kept: dict[int, str] = {}
@@ -298,45 +297,3 @@ def _written(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "–"
     return {None: "–", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, dict) else str(value)
-
-
-@functools.cache
-def environment() -> jinja2.Environment:
-    """Templates that escape everything, and fail on a name that is not there."""
-    found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters |= {"percent": percent, "number": number, "display": display_name}
-    return found
-
-
-def _render(context: dict[str, Any]) -> str:
-    style, script = ((_TEMPLATES / name).read_text().strip() for name in ("report.css", "report.js"))
-    template = environment().get_template("report.html")
-    return template.render(**context, **inlined(style, script), data_json=json_block(context["data"]))
-
-
-def inlined(style: str, script: str) -> dict[str, Any]:
-    """Style and script for a template, and the policy that lets these two pass and nothing else."""
-    assert "</" not in script, "it would end the element that it stands in"
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    return {"style": Markup(style), "script": Markup(script), "policy": policy}  # noqa: S704  both are our own files
-
-
-def json_block(value: Any) -> Markup:
-    """JSON for a script element that is only read: it cannot end the element, whatever names it holds."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # noqa: S704  escaped just now
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,0 +1,1 @@
+"""Audits: what is wrong with the data, seen from the embeddings and from answers out of fold."""
