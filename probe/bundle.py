@@ -55,6 +55,8 @@ class BackboneReference:
     """Hex SHA-256 of config, weights and preprocessing: what makes two backbones the same."""
     decode: Literal["exact", "fast"] = "exact"
     """How the images were decoded that the head was trained on: `predict` does the same."""
+    precision: dict[str, Any] | None = None
+    """Arithmetic of the embeddings that the head was trained on, as `Precision.to_json` has it; none is float32."""
 
     def load(self, name: str | None = None) -> "Backbone":
         """Loads the backbone that is meant.

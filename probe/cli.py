@@ -25,6 +25,7 @@ from tyro.constructors import (
 
 from probe import config as configs
 from probe import provenance
+from probe.compiled import keep_compiled_programs
 from probe.errors import ProbeError
 from probe.interrupt import run_interruptibly
 
@@ -112,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: object) -> tuple[dict[str, Any], str]:
+    keep_compiled_programs()
     verb, describe = _verb_of(config)
     result = verb(config)
     text = describe(result)

@@ -56,8 +56,14 @@ class EmbedConfig:
     """Hub id (openai/clip-vit-base-patch32, or with @revision) or a local folder in Hugging Face layout."""
     out: Path
     """Cache folder to create or to continue."""
+    precision: IfGiven[Literal["auto", "float32", "tf32", "bfloat16", "int8"]] = None
+    """Arithmetic of the backbone, fixed by whoever creates the cache (if not given: what the cache says, or auto).
+    auto: bfloat16 where that is faster and, on sample pictures, keeps a cosine of 0.9999 to float32; else float32.
+    bfloat16, int8 and, on GPUs, tf32 round the operands of products; int8 moves embeddings most, and is never chosen
+    for you."""
     batch_size: IfGiven[int] = None
-    """Images per step, fixed by whoever creates the cache (if not given: 32, or what the cache says)."""
+    """Images per step, fixed likewise (if not given: what the cache says, or the fastest that fits, by a measurement,
+    which may come out otherwise for another cache; to make the same bits again, give a number)."""
     decode: IfGiven[Literal["exact", "fast"]] = None
     """How JPEGs are decoded, fixed likewise (if not given: exact, or what the cache says). exact: as transformers, to
     the bit. fast: those over four times as large as the backbone reads at 1/2, 1/4 or 1/8 of their size."""

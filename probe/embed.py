@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from probe import interrupt
-from probe.backbones import Backbone, load_backbone
+from probe.backbones import Backbone, Precision, load_backbone
 from probe.cache import (
     CacheWriter,
     Failure,
@@ -39,6 +39,7 @@ from probe.cache import (
     newest_complete,
 )
 from probe.config import EmbedConfig
+from probe.creation import Choice, choose
 from probe.embedding import Device, Item, RunBatch, ShardInWork, made_by, make_run_batch, memory_explained, refuse
 from probe.engines.worker import Job, describe_workers
 from probe.errors import ConfigError, FailedImagesError, InputError, StorageError
@@ -53,13 +54,12 @@ from probe.stages import StageTimes, describe_stages
 if TYPE_CHECKING:
     from probe.engines.ray import RayWorkers
 
-_BATCH_SIZE = 32
 _SHARD_ROWS_CPU, _SHARD_ROWS = 1024, 16384  # at most: of 768 float32, 3 MB and 50 MB
 _SHARD_FLOPS_CPU = 2e12  # of a shard, at which a kill or Ctrl-C costs some ten seconds of two cores' work
 _FAILURES_SHOWN, _CLASSES_SHOWN = 20, 10
 _AHEAD = 64  # images that are decoded ahead, at least
 _LONG_ENOUGH = 5.0  # seconds of running after which it is worth half a second to measure the device's rate
-_PROGRAM = 1  # raise it when the towers or the decoder give other numbers for the same weights and images
+_PROGRAM = 2  # raise it when the towers or the decoder give other numbers for the same weights and images
 
 
 def embed(config: EmbedConfig) -> dict[str, Any]:
@@ -184,7 +184,8 @@ class _Work:
             for number in self._numbers:
                 self._learn(number)
             return
-        self.run_batch = run_batch = make_run_batch(self._backbone)
+        precision = Precision.from_json(self._writer.manifest.identity["precision"])
+        self.run_batch = run_batch = make_run_batch(self._backbone, precision)
         made_here = made_by(Device.here())
         batch_size = self._writer.manifest.identity["batch_size"]
         self.stages = stages = StageTimes()
@@ -321,7 +322,7 @@ def _describe_use(stages: StageTimes, run_batch: RunBatch, backbone: Backbone, m
     table = stages.to_json()
     if stages.wall_s - stages.compile_s >= _LONG_ENOUGH:
         identity = manifest.identity
-        precision = identity["compute_dtype"]
+        precision = identity["precision"]["name"]
         images = jax.ShapeDtypeStruct((identity["batch_size"], *backbone.preprocessing.image_size, 3), np.uint8)
         flops = count_flops(run_batch, images)
         flops_per_image, rate = flops / identity["batch_size"], matmul_rate(precision) * identity["num_devices"]
@@ -366,7 +367,8 @@ def _settle(config: EmbedConfig, backbone: Backbone, device: Device) -> Manifest
     """
     found = load_manifest(config.out) if (config.out / "cache.json").exists() else None
     fixed = found.identity if found else {}
-    batch_size = config.batch_size or fixed.get("batch_size", _BATCH_SIZE)
+    chosen = _choose(config, backbone, fixed)
+    batch_size = chosen.batch_size
     shard_rows = config.shard_rows or (found.shard_rows if found else _default_shard_rows(backbone, device))
     if found is None or config.shard_rows is not None:
         shard_rows = math.ceil(shard_rows / batch_size) * batch_size  # only the last batch of all is padded
@@ -377,12 +379,11 @@ def _settle(config: EmbedConfig, backbone: Backbone, device: Device) -> Manifest
             "pooling": "pooler_output",
             "preprocessing": backbone.preprocessing.rules(),
             "views": {view: backbone.view_width(view) for view in backbone.views},
-            "compute_dtype": "float32",
+            "precision": chosen.precision.to_json(),
             "stored_dtype": config.dtype or fixed.get("stored_dtype", "float32"),
-            "matmul_precision": "highest",
             "batch_size": batch_size,
             "device_kind": device.kind,
-            "num_devices": 1,
+            "num_devices": device.num,
             "program": _PROGRAM,
         },
         {
@@ -405,6 +406,21 @@ def _default_shard_rows(backbone: Backbone, device: Device) -> int:
     image = jax.ShapeDtypeStruct((1, *backbone.preprocessing.image_size, 3), np.uint8)
     flops = count_flops(functools.partial(backbone.apply, backbone.variables), image)
     return max(1, min(_SHARD_ROWS_CPU, int(_SHARD_FLOPS_CPU / flops)))
+
+
+def _choose(config: EmbedConfig, backbone: Backbone, fixed: dict[str, Any]) -> Choice:
+    """Precision and batch size: as given, else as an existing cache says, else as they are best here."""
+    if not fixed:
+        measure = config.num_shards == 1 and config.engine == "local"
+        chosen = choose(backbone, config.precision or "auto", config.batch_size, measure=measure)
+        if chosen.why:
+            print(f"chosen for {config.out}: {chosen.why}", file=sys.stderr)
+        return chosen
+    batch_size = config.batch_size or fixed["batch_size"]
+    recorded = Precision.from_json(fixed.get("precision"))
+    if config.precision is None or config.precision == "auto" or config.precision == recorded.name:
+        return Choice(recorded, batch_size)
+    return Choice(Precision(config.precision), batch_size)
 
 
 def _inputs(source: Source, examples: list[Example]) -> Inputs:

@@ -7,7 +7,6 @@ the images of a slice, the compiled backbone, and which content keys are known, 
 import collections
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import platform
 import threading
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 
 from probe import interrupt
-from probe.backbones import Backbone, make_embed_fn
+from probe.backbones import Backbone, Precision, make_embed_fn
 from probe.cache import FAILED, KNOWN, Facts, Failure, ShardContents
 from probe.errors import InputError, OutOfMemoryError
 from probe.images import ImageError, LoadedImage
@@ -30,16 +29,18 @@ _BATCHES_IN_FLIGHT = 2  # the device computes one while the next is sent
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What embeddings are computed on; its kind is a part of what a cache is made of."""
+    """What embeddings are computed on; its kind and number are a part of what a cache is made of."""
 
     platform: str
     kind: str
+    num: int = 1
+    """How many of them a batch is divided over."""
 
     @classmethod
     def here(cls) -> "Device":
-        """The first one of this process."""
-        device = jax.devices()[0]
-        return cls(device.platform, device.device_kind)
+        """Those of this process."""
+        devices = jax.local_devices()
+        return cls(devices[0].platform, devices[0].device_kind, len(devices))
 
 
 RunBatch = Callable[[np.ndarray], dict[str, jax.Array]]
@@ -241,10 +242,9 @@ def _as_keys(keys: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
 
 
-def make_run_batch(backbone: Backbone) -> RunBatch:
-    """The compiled program on the backbone's weights, which are sent to the device once."""
-    embed_fn = make_embed_fn(backbone, backbone.views)
-    return functools.partial(embed_fn, jax.device_put(backbone.variables))
+def make_run_batch(backbone: Backbone, precision: Precision | None = None) -> RunBatch:
+    """The compiled program of all views; see `make_embed_fn`."""
+    return make_embed_fn(backbone, backbone.views, precision)
 
 
 def made_by(device: Device) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from probe.backbones import Backbone
+from probe.backbones import Backbone, Precision
 from probe.cache import Inputs, Manifest, draft_plan
 from probe.config import EmbedConfig
 from probe.embedding import Item, embed_shard, make_run_batch
@@ -39,7 +39,7 @@ def estimate(
     sample = spread(work, _SAMPLE_BATCHES * batch_size)
     rate = None
     if sample:
-        run_batch = make_run_batch(backbone)
+        run_batch = make_run_batch(backbone, Precision.from_json(manifest.identity["precision"]))
         jax.device_get(run_batch(np.zeros((batch_size, *backbone.preprocessing.image_size, 3), np.uint8)))
         items = ((Item(0, example), content) for example, content in source.iter_bytes(sample))
         started = time.monotonic()

@@ -54,6 +54,7 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
         revision=backbone["backbone_revision"],
         fingerprint=backbone["backbone_fingerprint"],
         decode=backbone["preprocessor_config"].get("decode", "exact"),
+        precision=backbone.get("precision"),
     )
     backbone_copy = reference.load() if config.bundle_backbone else None  # before the work: it may not be there
     embeddings, notes = open_embeddings(config, cache)

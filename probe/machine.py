@@ -18,10 +18,11 @@ def matmul_rate(precision: str, device: jax.Device | None = None) -> float:
     """Operations a second, two for each multiplication, of the fastest of many products on one device.
 
     Args:
-      precision: float32 (in full), bfloat16 (added up in float32) or int8 (added up in int32).
+      precision: float32 (in full), tf32 (float32 as a GPU rounds it), bfloat16 (added up in float32) or int8 (added
+        up in int32).
       device: the first one if None.
     """
-    dtype = jnp.dtype(precision)
+    dtype = jnp.dtype("float32" if precision == "tf32" else precision)
     total = jnp.int32 if precision == "int8" else jnp.float32
     highest = jax.lax.Precision.HIGHEST if precision == "float32" else None
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from probe import bundle
-from probe.backbones import make_embed_fn
+from probe.backbones import Precision, make_embed_fn
 from probe.config import PredictConfig
 from probe.errors import InputError
 from probe.heads import class_logits
@@ -36,7 +36,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     classifier = bundle.load(config.run)
     source = open_images(config.images)
     backbone = classifier.load_backbone(config.backbone)
-    embed_fn = make_embed_fn(backbone, (classifier.view,))
+    embed_fn = make_embed_fn(backbone, (classifier.view,), Precision.from_json(classifier.backbone.precision))
     failures: list[dict[str, str]] = []
 
     def readable() -> Iterator[tuple[str, np.ndarray]]:
@@ -57,7 +57,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     def probabilities(pixels: list[np.ndarray]) -> np.ndarray:
         """[n] images [H, W, 3] -> [n, C]."""
         padding = [np.zeros_like(pixels[0])] * (config.batch_size - len(pixels))  # one shape, one compilation
-        embeddings = embed_fn(backbone.variables, np.stack(pixels + padding))[classifier.view]
+        embeddings = embed_fn(np.stack(pixels + padding))[classifier.view]
         logits = classifier.head.apply(embeddings)
         normalise = jax.nn.sigmoid if classifier.multi_label else jax.nn.softmax
         return np.asarray(normalise(logits if classifier.multi_label else class_logits(logits)))[: len(pixels)]

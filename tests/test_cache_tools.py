@@ -26,7 +26,13 @@ def settings(image_folder: Path, tiny_clip: Path, tmp_path: Path) -> EmbedConfig
     """A cache of 48 images and a failed one, in shards of 16."""
     (image_folder / "train/red/bad.png").write_bytes(b"no image")
     settings = EmbedConfig(
-        images=image_folder, backbone=str(tiny_clip), out=tmp_path / "cache", batch_size=8, shard_rows=16, num_workers=2
+        images=image_folder,
+        backbone=str(tiny_clip),
+        out=tmp_path / "cache",
+        batch_size=8,
+        precision="float32",
+        shard_rows=16,
+        num_workers=2,
     )
     embed(settings)
     return settings

@@ -37,6 +37,7 @@ def config(image_folder: Path, tiny_clip: Path, tmp_path: Path):
             "backbone": str(tiny_clip),
             "out": tmp_path / "cache",
             "batch_size": 8,
+            "precision": "float32",
             "shard_rows": 16,
             "num_workers": 2,
         }
@@ -69,7 +70,7 @@ def test_embeddings_are_those_of_the_backbone_applied_directly(checkpoint: str, 
             load_image((settings.images / os.fsdecode(name)).read_bytes(), backbone.preprocessing)
             for name in cache.table.names[start : start + 8]
         ]
-        direct = embed_fn(backbone.variables, np.stack(images))
+        direct = embed_fn(np.stack(images))
         for view in backbone.views:
             np.testing.assert_array_equal(cache.embeddings(view, np.arange(start, start + 8)), direct[view])
 

@@ -21,7 +21,15 @@ def local(image_folder: Path, tiny_clip: Path, tmp_path: Path) -> Path:
     """The cache of a local run: 48 images in 3 shards."""
     out = tmp_path / "local"
     embed(
-        EmbedConfig(images=image_folder, backbone=str(tiny_clip), out=out, batch_size=8, shard_rows=16, num_workers=1)
+        EmbedConfig(
+            images=image_folder,
+            backbone=str(tiny_clip),
+            out=out,
+            batch_size=8,
+            precision="float32",
+            shard_rows=16,
+            num_workers=1,
+        )
     )
     return out
 
@@ -70,7 +78,9 @@ def test_an_image_in_two_shards_gets_one_embedding(
     first, *_, last = sorted(image_folder.rglob("*.png"))
     last.write_bytes(first.read_bytes())
     again = tmp_path / "again"
-    config = EmbedConfig(images=image_folder, backbone=str(tiny_clip), out=again, batch_size=8, shard_rows=16)
+    config = EmbedConfig(
+        images=image_folder, backbone=str(tiny_clip), out=again, batch_size=8, precision="float32", shard_rows=16
+    )
     assert embed(config)["num_computed"] == 47
     run = Run(again, image_folder, tmp_path / "cache")
     worker.begin(run.job, "mine-")

@@ -201,6 +201,7 @@ def test_kill_9_of_probe_embed(times: int, tiny_clip: Path, tmp_path: Path) -> N
         "images": tmp_path / "images",
         "backbone": str(tiny_clip),
         "batch_size": 4,
+        "precision": "float32",
         "shard_rows": 8,
         "num_workers": 1,
     }
@@ -235,7 +236,12 @@ sys.exit(main(sys.argv[2:]))
 
 
 def test_a_full_disk_ends_probe_embed_with_one_line(tiny_clip: Path, tmp_path: Path) -> None:
-    fields = {"images": write_image_folder(tmp_path / "images", {"": 10}), "backbone": str(tiny_clip), "batch_size": 4}
+    fields = {
+        "images": write_image_folder(tmp_path / "images", {"": 10}),
+        "backbone": str(tiny_clip),
+        "batch_size": 4,
+        "precision": "float32",
+    }
     arguments = ["embed", *command_line(fields | {"out": tmp_path / "cache"})]
     done = subprocess.run([sys.executable, "-c", LIMITED, "5000", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == StorageError.exit_code
@@ -250,7 +256,7 @@ def test_a_full_disk_ends_probe_embed_with_one_line(tiny_clip: Path, tmp_path: P
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_probe_embed_and_keeps_what_is_sealed(signum: int, tiny_clip: Path, tmp_path: Path) -> None:
     fields = {"images": write_image_folder(tmp_path / "images", {"": 300}), "backbone": str(tiny_clip)}
-    fields |= {"out": tmp_path / "cache", "batch_size": 4, "shard_rows": 4, "num_workers": 1}
+    fields |= {"out": tmp_path / "cache", "batch_size": 4, "precision": "float32", "shard_rows": 4, "num_workers": 1}
     process = subprocess.Popen(
         [sys.executable, "-m", "probe.cli", "embed", *command_line(fields)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )

@@ -76,7 +76,7 @@ def test_flops_are_those_of_the_published_shape(tiny_clip, tiny_resnet) -> None:
     assert count_flops(product, left, right) == 2 * math.prod(size)
     backbone = load_backbone(tiny_clip)
     images = jax.ShapeDtypeStruct((3, 16, 16, 3), np.uint8)
-    counted = count_flops(make_embed_fn(backbone, backbone.views), backbone.variables, images)
+    counted = count_flops(make_embed_fn(backbone, backbone.views), images)
     width, mlp, tokens, patches = 16, 32, 5, 4
     block = tokens * (4 * width * width + 2 * width * mlp) + 2 * tokens * tokens * width
     one_row = width * width * 2 + 2 * width * mlp + 2 * tokens * width + 2 * tokens * width * width
@@ -85,7 +85,7 @@ def test_flops_are_those_of_the_published_shape(tiny_clip, tiny_resnet) -> None:
     assert 2 * 3 * (stem + block + one_row) <= counted <= 2 * 3 * (stem + 2 * block)
     resnet = load_backbone(tiny_resnet)
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
-    assert count_flops(make_embed_fn(resnet, ("pooler",)), resnet.variables, images) > 2 * 16 * 16 * 4 * 3 * 49
+    assert count_flops(make_embed_fn(resnet, ("pooler",)), images) > 2 * 16 * 16 * 4 * 3 * 49
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -60,6 +60,15 @@ def _are_counts(values: object) -> bool:
     return isinstance(values, tuple) and len(values) > 0 and all(is_count(value) for value in values)
 
 
+def layer_shapes(config: ResNetConfig, features: int, stride: int) -> list[tuple[int, int, int]]:
+    """(features, kernel size, stride) of a residual layer's convolutions, in order."""
+    if config.layer_type == "basic":
+        return [(features, 3, stride), (features, 3, 1)]
+    inner = features // _REDUCTION
+    first, second = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
+    return [(inner, 1, first), (inner, 3, second), (features, 1, 1)]
+
+
 class ConvLayer(nn.Module):
     """Convolution, batch norm, activation (or none)."""
 
@@ -107,12 +116,7 @@ class ResidualLayer(nn.Module):
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, in] -> [B, ceil(H / stride), ceil(W / stride), features]."""
         config, features, stride = self.config, self.features, self.stride
-        if config.layer_type == "basic":
-            shapes = [(features, 3, stride), (features, 3, 1)]
-        else:
-            inner = features // _REDUCTION
-            first, second = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
-            shapes = [(inner, 1, first), (inner, 3, second), (features, 1, 1)]
+        shapes = layer_shapes(config, features, stride)
         residual = hidden
         if residual.shape[-1] != features or stride != 1:
             residual = ConvLayer(features, 1, stride, None, self.dtype, name="shortcut")(residual, train)

@@ -1,5 +1,6 @@
 """What all towers share: the form of their output, and the activations that a config may name."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,18 @@ class TowerOutput:
     last_hidden_state: jax.Array
     pooler_output: jax.Array
     projected: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of a tower arranged for inference: a pure function, and the weights that it was prepared for.
+
+    apply: (weights, what the stage before gave) -> what the next one takes. Stages of equal form share one function.
+    """
+
+    name: str
+    apply: Callable[[Any, Any], Any]
+    weights: Any
 
 
 def _quick_gelu(x: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from probe.backbones import load_backbone
+from probe.backbones import Precision, load_backbone
 from probe.cache import CacheWriter, Failure, known_keys, load_manifest, load_plan
 from probe.cache.shards import load_sidecar, seal_shard, sealed_numbers
 from probe.embedding import Device, Item, embed_shard, made_by, make_run_batch, memory_explained, refuse
@@ -92,6 +92,7 @@ class ShardWorker:
         here = {
             "backbone_fingerprint": self._backbone.fingerprint,
             "device_kind": self._place.device.kind,
+            "num_devices": self._place.device.num,
         }
         if differences := [
             f"{field} is {manifest.identity[field]} there and {value} here"
@@ -113,7 +114,7 @@ class ShardWorker:
             max_pixels=job.max_pixels,
             skip_keys=self._is_known,
         )
-        self._run_batch = make_run_batch(self._backbone)
+        self._run_batch = make_run_batch(self._backbone, Precision.from_json(manifest.identity["precision"]))
         blank = np.zeros((manifest.identity["batch_size"], *self._backbone.preprocessing.image_size, 3), np.uint8)
         with memory_explained(manifest.identity["batch_size"]):
             jax.block_until_ready(self._run_batch(blank))

@@ -7,10 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from probe.errors import ConfigError
+from probe.devices import DATA_AXIS, by_rows, check_divides, data_mesh, whole
 from probe.training.steps import Batch
-
-_AXIS = "data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +28,8 @@ class Placement:
         Raises: ConfigError if the rows cannot be divided evenly.
         """
         devices = jax.devices()
-        if batch_size % len(devices):
-            raise ConfigError(
-                f"a batch of {batch_size} rows cannot be divided over {len(devices)} devices: make --batch-size "
-                f"(÷ --accumulate) a multiple of {len(devices)}"
-            )
-        return cls(Mesh(np.array(devices), (_AXIS,)), fsdp)
+        check_divides(batch_size, len(devices), "--batch-size (÷ --accumulate)")
+        return cls(data_mesh(devices), fsdp)
 
     def place(self, tree: Any) -> Any:
         """Puts parameters or a train state on the mesh."""
@@ -43,9 +37,8 @@ class Placement:
 
     def place_batch(self, batch: Batch) -> Batch:
         """Puts a batch on the mesh, its rows divided."""
-        rows = NamedSharding(self.mesh, PartitionSpec(_AXIS))
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        placed: Batch = jax.tree.map(lambda leaf: jax.device_put(leaf, rows if np.ndim(leaf) else whole), batch)
+        rows, once = by_rows(self.mesh), whole(self.mesh)
+        placed: Batch = jax.tree.map(lambda leaf: jax.device_put(leaf, rows if np.ndim(leaf) else once), batch)
         return placed
 
     def _sharding(self, shape: tuple[int, ...]) -> NamedSharding:
@@ -53,5 +46,5 @@ class Placement:
         spec: list[str | None] = [None] * len(shape)
         fitting = [axis for axis, size in enumerate(shape) if size and size % self.mesh.size == 0]
         if self.fsdp and fitting:
-            spec[max(fitting, key=lambda axis: shape[axis])] = _AXIS
+            spec[max(fitting, key=lambda axis: shape[axis])] = DATA_AXIS
         return NamedSharding(self.mesh, PartitionSpec(*spec))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from probe.backbones import Backbone, make_embed_fn
+from probe.backbones import Backbone, Precision, make_embed_fn
 from probe.cache import Cache
 from probe.errors import MismatchError
 from probe.heads import TrainedHead, num_logits
@@ -64,7 +64,8 @@ def embed_rows(
     """Embeddings [n, D] float32 of the given rows.
 
     Args:
-      cache: folder made by `probe embed`; what it holds, by the hash of the image, is not computed again.
+      cache: folder made by `probe embed`; what it holds, by the hash of the image, is not computed again, and what it
+        lacks is computed in its precision.
     Raises: MismatchError if the cache was made with another backbone; what opening a cache raises.
     """
     embeddings = np.empty((len(rows), backbone.width), np.float32)
@@ -73,11 +74,12 @@ def embed_rows(
     if cache is not None and (found >= 0).any():
         embeddings[found >= 0] = Cache.open(cache).embeddings(VIEW, found[found >= 0])
     (missing,) = np.nonzero(found < 0)
-    embed_fn, done = make_embed_fn(backbone, (VIEW,)), 0
+    precision = None if cache is None else Precision.from_json(Cache.open(cache).provenance.get("precision"))
+    embed_fn, done = make_embed_fn(backbone, (VIEW,), precision), 0
     with Progress("embedding", total=len(missing), unit="images") as progress:
         for batch in images.batches(rows[missing], batch_size):
             num = int(batch.mask.sum())
-            outputs: Mapping[str, Any] = embed_fn(backbone.variables, batch.inputs)
+            outputs: Mapping[str, Any] = embed_fn(batch.inputs)
             embeddings[missing[done : done + num]] = np.asarray(outputs[VIEW])[:num]
             done += num
             progress.advance(num)
