@@ -173,7 +173,7 @@ def test_eight_devices_give_the_embeddings_of_one(tiny_clip: Path, tmp_path: Pat
     one, eight = (run_on(num, str(images), str(tiny_clip), str(tmp_path / f"{num}")) for num in (1, 8))
     assert (one.strip(), eight.strip()) == ("1", "8")
     first, second = (Cache.open(tmp_path / f"{num}") for num in (1, 8))
-    assert first.table.names.tolist() == second.table.names.tolist()
+    assert list(first.table.names) == list(second.table.names)
     np.testing.assert_allclose(first.embeddings("pooler"), second.embeddings("pooler"), rtol=1e-5, atol=1e-6)
     with pytest.raises(MismatchError, match="num_devices is 8 there and 1 now"):
         embed(settings(images, tiny_clip, tmp_path / "8"))
