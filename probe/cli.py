@@ -12,6 +12,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
 import tyro
@@ -28,6 +29,7 @@ from probe import provenance
 from probe.compiled import keep_compiled_programs
 from probe.errors import ProbeError
 from probe.interrupt import run_interruptibly
+from probe.storage import locate
 
 _Cache = (
     Annotated[configs.CacheLsConfig, subcommand("ls", prefix_name=False)]
@@ -65,6 +67,20 @@ def _optional(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Unsu
         spec,
         is_instance=lambda value: value is None or spec.is_instance(value),
         str_from_instance=lambda value: [] if value is None else spec.str_from_instance(value),
+    )
+
+
+@_OPTIONAL.primitive_rule
+def _path(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A path may be an address, s3://bucket/folder, of which pathlib would keep one slash."""
+    if option.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: locate(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
     )
 
 

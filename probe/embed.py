@@ -50,6 +50,7 @@ from probe.progress import Progress
 from probe.sources import Columns, Example, Source, check_labels, display_name, open_source
 from probe.sources.origin import describe_origin
 from probe.stages import StageTimes, describe_stages
+from probe.storage import is_remote
 
 if TYPE_CHECKING:
     from probe.engines.ray import RayWorkers
@@ -461,6 +462,8 @@ def _num_dropped(config: EmbedConfig, inputs: Inputs) -> int:
 
 def _check_writable(out: Path) -> None:
     """Raises: StorageError before anything is loaded if nothing could be written later."""
+    if is_remote(out):
+        return
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise StorageError(f"{there} is a file, and --out needs a folder there")

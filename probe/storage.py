@@ -5,6 +5,9 @@ write under a name of our own in the same folder, fsync, rename, fsync the folde
 point leaves either nothing under the final name or all of it; what it may leave is a file whose name starts
 with `PARTIAL_PREFIX`, which nobody reads and `sweep_partials` removes. A folder cannot be renamed over another, so one
 that is replaced is moved aside first; whoever wants it next finds it there, if the process died before the other came.
+
+On an object store (s3://, gs://, what else fsspec knows) there is no rename, and none is needed: an object appears
+whole when its upload ends, or not at all. Such a path is a UPath, which reads as pathlib's do; see `locate`.
 """
 
 import contextlib
@@ -17,8 +20,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
-from probe.errors import InputError, StorageError
+from probe.errors import ConfigError, InputError, StorageError
 
 PARTIAL_PREFIX = ".partial-"
 _STALE_SECONDS = 24 * 3600  # a partial this old belongs to nobody: no shard takes a day to write
@@ -34,6 +38,31 @@ def tag_partials(tag: str) -> None:
     _Writer.tag = tag
 
 
+def locate(address: str) -> Path:
+    """The path that a user names: in the file system, or below an address as s3://bucket/folder.
+
+    Raises: ConfigError if what reads such addresses is not installed.
+    """
+    scheme, is_address, rest = address.partition("://")
+    if not is_address:
+        return Path(address)
+    if scheme in ("file", "local"):
+        return Path(rest)
+    try:
+        from upath import UPath
+
+        path = UPath(address, use_listings_cache=False)  # what another host has written meanwhile must be seen
+        path.fs  # noqa: B018  # imports the driver of this scheme
+    except (ImportError, ValueError) as err:
+        raise ConfigError(f"{address}: {err}. Addresses need pip install 'probe-jax[remote]'.") from err
+    return cast(Path, path)  # it is none, but has the methods of one
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path is on an object store."""
+    return hasattr(path, "fs")
+
+
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Writes `data` to `path` so that a crash leaves the old content, or the new, and nothing between.
 
@@ -42,6 +71,9 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
       data: the whole content.
     Raises: StorageError if the disk is full, read-only or failing; no partial file is left then.
     """
+    if is_remote(path):
+        _put_object(path, data)
+        return
     partial = _partial_name(path)
     _in_progress.add(partial)
     try:
@@ -122,6 +154,8 @@ def require_free(path: Path, *, replacing: str | None = None) -> None:
         folder is ever replaced: it may be somebody's photos.
     Raises: InputError if something else is there.
     """
+    if is_remote(path):
+        raise InputError(f"{path}: this is written to a folder of this machine, and copied from there: choose another")
     recover_folder(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -148,6 +182,8 @@ def require_file(path: Path, *, overwrite: bool) -> None:
 
 def make_folder(folder: Path) -> None:
     """Makes `folder` and what is missing above it, durably. Raises: StorageError."""
+    if is_remote(folder):
+        return  # there are names with slashes only
     missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,11 +211,20 @@ def sweep_partials(folder: Path, tag: str | None = None) -> None:
     Args:
       tag: remove those of this one instead, whatever their age. It is dead, or what it writes no longer counts.
     """
+    if is_remote(folder):
+        return
     oldest = time.time() - _STALE_SECONDS
     for partial in folder.glob(f"{PARTIAL_PREFIX}*" if tag is None else f"{PARTIAL_PREFIX}{tag}*"):
         with contextlib.suppress(OSError):
             if tag is not None or partial.lstat().st_mtime < oldest:
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def _put_object(path: Any, data: bytes) -> None:
+    try:
+        path.fs.pipe_file(path.path, data)
+    except Exception as err:  # each driver has errors of its own
+        raise StorageError(f"{path}: cannot write {len(data):,} bytes: {err}. Run the same command again.") from err
 
 
 def _partial_name(path: Path) -> Path:

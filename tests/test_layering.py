@@ -19,6 +19,7 @@ ONLY_IMPORTERS = {
     "orbax": "probe.training.checkpoints",
     "tensorboardX": "probe.training.events",
     "ray": "probe.engines.ray",
+    "upath": "probe.storage",
 }
 
 

@@ -7,9 +7,11 @@ from probe.errors import InputError
 from probe.sources.archives import TAR_SUFFIXES, open_tars, open_zip
 from probe.sources.folders import IMAGE_SUFFIXES, FileSource, list_folder, suffix_of
 from probe.sources.manifests import describe_images, is_metadata, open_manifest
+from probe.sources.objects import open_objects
 from probe.sources.rows import TABLE_SUFFIXES, Columns
 from probe.sources.source import Example, Source, list_names
 from probe.sources.tables import is_saved_dataset, open_parquets, open_saved_dataset, parquet_holds_images
+from probe.storage import is_remote
 
 
 def open_source(
@@ -24,14 +26,17 @@ def open_source(
         - a manifest: .csv, .tsv, .jsonl or .parquet, whose rows name image files
         - a .parquet file, or a folder of them, with the images inside
         - a .tar file, or a folder of them, in WebDataset layout; a .zip file of class folders
+        - a folder of images on an object store
         - a folder that `save_to_disk` of Hugging Face datasets wrote.
       labelled: False: a folder of any shape or a single image; what labels there are are not read.
       columns: names of a table's columns, where they are not the usual ones.
       image_root: what a manifest's paths are relative to (None: the folder that it is in).
     Raises: InputError: missing, empty, ambiguous, or a table and files that disagree, with a list.
     """
-    path = Path(path)
     columns = columns or Columns()
+    if is_remote(path):
+        return open_objects(path, columns, labelled=labelled)
+    path = Path(path)
     try:
         if path.is_dir():
             return _open_folder(path, columns, labelled=labelled)

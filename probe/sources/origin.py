@@ -7,6 +7,7 @@ from typing import Any
 from probe.sources.opening import open_source
 from probe.sources.rows import Columns
 from probe.sources.source import Source
+from probe.storage import locate
 
 
 def describe_origin(images: Path, columns: Columns | None = None, image_root: Path | None = None) -> dict[str, Any]:
@@ -23,5 +24,5 @@ def reopen(origin: dict[str, Any]) -> Source:
     columns = Columns(**{**origin["columns"], "labels": tuple(origin["columns"]["labels"])})
     root = origin["image_root"]
     return open_source(
-        Path(origin["images"]), labelled=False, columns=columns, image_root=None if root is None else Path(root)
+        locate(origin["images"]), labelled=False, columns=columns, image_root=None if root is None else locate(root)
     )
