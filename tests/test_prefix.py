@@ -12,6 +12,8 @@ from probe import bundle
 from probe.config import FinetuneConfig
 from probe.errors import ConfigError, CorruptError, MismatchError, StorageError
 from probe.finetune import finetune
+from probe.training.activations import Activations
+from probe.training.prefix import remove_activations
 from tests.conftest import write_image_folder
 
 
@@ -216,3 +218,14 @@ def test_activations_of_another_run_beside_out_are_made_anew(config, capsys):
     assert finetune(dataclasses.replace(config, overwrite=True, epochs=2))["cached_prefix"] is not None
     assert "computing the activations" in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_only_activations_are_removed(tmp_path):
+    table = Activations(tmp_path / "run.prefix" / "plain", {}, num_rows=1, shape=(2,))
+    table.create()
+    theirs = tmp_path / "run.prefix" / "train" / "holiday.jpg"
+    theirs.parent.mkdir()
+    theirs.touch()
+    remove_activations(tmp_path / "run.prefix")
+    assert [path for path in (tmp_path / "run.prefix").rglob("*") if path.is_file()] == [theirs]
+    remove_activations(tmp_path / "absent")

@@ -6,6 +6,7 @@ that only choose or judge have one, of the plain picture, computed in float32 wh
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -24,7 +25,7 @@ from probe.backbones.split import count_blocks, make_prefix, make_suffix
 from probe.errors import ConfigError, MismatchError, NumericalError, StorageError
 from probe.progress import Progress
 from probe.splits import Splits
-from probe.training.activations import Activations
+from probe.training.activations import FILE_NAME, Activations
 from probe.training.augment import AugmentConfig
 from probe.training.decoded import ImageRows
 from probe.training.full import make_prepare
@@ -34,6 +35,7 @@ from probe.training.sharding import Placement
 from probe.training.steps import Batch, Params, padded_batch
 
 _PROGRAM = 1  # raise it when towers or augmentation give other numbers for the same weights and images
+_TABLES = ("train", "plain")  # folders: the views of the training rows, and the plain pictures of all others
 _BATCHES_IN_FLIGHT = 2  # the device computes one while the next is sent
 
 
@@ -85,6 +87,15 @@ def num_views(augmentation: AugmentConfig, views: int | None, epochs: int) -> in
     if not (augmentation.changes_images or augmentation.mixes):
         return 1
     return epochs if views is None else min(views, epochs)
+
+
+def remove_activations(folder: Path) -> None:
+    """Removes what a `FrozenPrefix` has cached in a folder, if anything, and the folder if nothing else is in it."""
+    for name in _TABLES:
+        if (folder / name / FILE_NAME).is_file():
+            shutil.rmtree(folder / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 class FrozenPrefix:

@@ -29,7 +29,7 @@ from probe.training.augment import AugmentConfig
 from probe.training.decoded import ImageRows
 from probe.training.events import EventFile
 from probe.training.full import classifier_variables, make_apply_fn, make_prepare
-from probe.training.prefix import FrozenPrefix, num_views
+from probe.training.prefix import FrozenPrefix, num_views, remove_activations
 from probe.training.steps import ApplyFn
 
 T = TypeVar("T")
@@ -168,8 +168,8 @@ class Tuning:
         shutil.rmtree(checkpoint_folder(self._config), ignore_errors=True)
         if self._prefix is not None:
             self._prefix.close()
-            if self._config.cache_prefix == "auto":
-                shutil.rmtree(self._prefix.folder, ignore_errors=True)
+        if Path(self._config.cache_prefix) != _prefix_folder(self._config):
+            remove_activations(_prefix_folder(self._config))
 
     def _evaluation(self, rows: np.ndarray) -> tuple["_Network", Iterator[steps.Batch]]:
         """What answers to these rows, and the rows as it takes them."""
@@ -204,7 +204,7 @@ class Tuning:
             bfloat16=config.precision == "bfloat16",
             batch_size=config.batch_size,
             placement=self._placement,
-            folder=Path(config.cache_prefix) if asked else config.out.with_name(f"{config.out.name}.prefix"),
+            folder=Path(config.cache_prefix) if asked else _prefix_folder(config),
         )
         prefix.claim(rebuild=not asked)
         try:
@@ -265,6 +265,11 @@ class Tuning:
 def checkpoint_folder(config: FinetuneConfig) -> Path:
     """Where the checkpoints stand until the run folder is written."""
     return config.out.with_name(f"{config.out.name}.checkpoints")
+
+
+def _prefix_folder(config: FinetuneConfig) -> Path:
+    """Where the activations stand until the run ends, if no folder was named for them."""
+    return config.out.with_name(f"{config.out.name}.prefix")
 
 
 def require_no_checkpoints(config: FinetuneConfig) -> None:
