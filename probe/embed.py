@@ -15,10 +15,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ from probe.embedding import Device, Item, RunBatch, ShardInWork, made_by, make_r
 from probe.engines.worker import Job, describe_workers
 from probe.errors import ConfigError, FailedImagesError, InputError, StorageError
 from probe.estimate import describe_estimate, estimate, spread
-from probe.images import ImageError, LoadedImage, load_images
+from probe.images import ImageError, ImageLoader, LoadedImage
 from probe.machine import count_flops, matmul_rate
 from probe.progress import Progress
 from probe.sources import Columns, Example, Source, check_labels, display_name, open_source
@@ -186,21 +186,22 @@ class _Work:
                 self._learn(number)
             return
         precision = Precision.from_json(self._writer.manifest.identity["precision"])
-        self.run_batch = run_batch = make_run_batch(self._backbone, precision)
-        made_here = made_by(Device.here())
         batch_size = self._writer.manifest.identity["batch_size"]
-        self.stages = stages = StageTimes()
+        loader = ImageLoader(
+            self._backbone.preprocessing,
+            num_workers=self._config.num_workers,
+            max_pixels=self._config.max_pixels,
+            skip_keys=self._is_known,
+        )
         with Progress("embedding", total=total, unit="images") as progress, ThreadPoolExecutor(1) as disk:
-            images = load_images(
-                self._items(stages),
-                self._backbone.preprocessing,
-                num_workers=self._config.num_workers,
-                max_pixels=self._config.max_pixels,
-                skip_keys=self._is_known,
-                ahead=max(_AHEAD, 2 * batch_size),  # while one batch is fetched the next is decoded
-            )
             next_number = iter(self._numbers)
-            with contextlib.closing(cast(Generator[LoadedImage[Item]], images)):  # ends its workers, whatever happens
+            with loader:  # which ends its processes, whatever happens
+                loader.start()  # they import NumPy while the weights go to the device
+                self.run_batch = run_batch = make_run_batch(self._backbone, precision)
+                made_here = made_by(Device.here())
+                self.stages = stages = StageTimes()
+                # while one batch is fetched the next is decoded
+                images = loader.load(self._items(stages), ahead=max(_AHEAD, 2 * batch_size))
                 for number, slice_of_images in itertools.groupby(stages.waited(images), _number):
                     for earlier in next_number:
                         if earlier == number:

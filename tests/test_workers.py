@@ -119,6 +119,14 @@ def test_bytes_that_wait_for_a_worker_are_bounded(monkeypatch: pytest.MonkeyPatc
         assert taken <= done + 1 + 3
 
 
+def test_processes_can_be_started_before_there_are_images() -> None:
+    with ImageLoader(SMALL, num_workers=2) as loader:
+        loader.start()
+        wait_until(lambda: len(children()) == 2)
+        assert [image.failure for image in loader.load(enumerate([PNG] * 9))] == [None] * 9
+    assert not children()
+
+
 def test_a_key_accepted_meanwhile_is_skipped() -> None:
     """A second copy yields no pixels, although it was decoded before its turn came."""
     seen: set[bytes] = set()

@@ -119,6 +119,10 @@ class ImageLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def start(self) -> None:
+        """Begins to start the processes, for who has something else to do before there are images."""
+        self._pool.start()
+
     def close(self) -> None:
         """Ends the processes."""
         self._pool.close()
@@ -168,6 +172,7 @@ class _Pool:
         self._timeout_s = timeout_s
         self._skip_keys = skip_keys
         self._since_skip = 0  # a hint, shared without a lock
+        self._num_workers = num_workers
         self._threads = concurrent.futures.ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
         self._mine = threading.local()  # .worker, of this thread
         self._workers: set[_Worker] = set()
@@ -176,6 +181,10 @@ class _Pool:
 
     def submit(self, example: T, content: bytes | Path | ImageError) -> concurrent.futures.Future[LoadedImage[T]]:
         return self._threads.submit(self._load, example, content)
+
+    def start(self) -> None:
+        for _ in range(self._num_workers):
+            self._threads.submit(self._worker)  # one that fails will fail again, and be heard, when there is work
 
     def close(self) -> None:
         with self._lock:
