@@ -1,11 +1,15 @@
 """Progress where stderr is a pipe: a line now and then, and a last one."""
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from probe import progress
-from probe.progress import Progress
+from probe.cache import write_cache
+from probe.cli import main
+from probe.progress import Progress, Stages
 
 
 def test_who_has_seen_a_line_sees_the_last_one(
@@ -26,3 +30,42 @@ def test_a_short_run_and_one_that_failed_say_nothing_more(capsys: pytest.Capture
     with pytest.raises(ZeroDivisionError), Progress("embedding", total=4, unit="images") as bar:
         bar.advance(1 // 0)
     assert capsys.readouterr().err == ""
+
+
+def test_stages_have_a_heading_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", 0)
+    with Stages() as report:
+        report("choosing λ", 3, 10, "fits")
+        report("choosing λ", 7, 10, "fits")
+        report("final fit", 20, None, "passes")
+    err = capsys.readouterr().err
+    assert "choosing λ: 3 of 10 fits" in err
+    assert "choosing λ: 7 of 10 fits" in err
+    assert "final fit: 20 passes" in err
+    with Stages(quiet=True) as report:
+        report("choosing λ", 3, 10, "fits")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_fit_linear_tells_how_far_it_is(
+    quiet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", 0)
+    rng = np.random.default_rng(0)
+    write_cache(
+        tmp_path / "cache",
+        rng.normal(size=(60, 4)).astype(np.float32),
+        labels=np.arange(60) % 2,
+        class_names=("cat", "dog"),
+        splits=["test" if row < 20 else "train" for row in range(60)],
+    )
+    options = ["--shots", "1", "2", "--seeds", "2", "--penalties", "1", "0.1", *(["--quiet"] if quiet else [])]
+    assert main(["fit-linear", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--no-report", *options]) == 0
+    err = capsys.readouterr().err
+    if quiet:
+        assert err == ""
+    else:
+        assert re.search(r"choosing λ: \d+ of 10 fits", err)
+        assert re.search(r"final fit: \d+ passes", err)
+        assert re.search(r"few shots: 3 of 4 heads", err)
