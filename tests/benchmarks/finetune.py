@@ -1,40 +1,59 @@
 """What a training step costs, beside inference and beside PyTorch where it can be imported.
 
-    python -m tests.benchmarks.finetune [--quick] [--json FILE]
+    python -m tests.benchmarks.finetune [--quick] [--json FILE] [--rounds N]
 
-CLIP ViT-B/32 of random weights, AdamW, batch 16, on what devices jax has: the whole classifier in float32 and
-bfloat16, the backbone frozen (beside inference), its last two blocks trained. Peers, where torch and transformers can
-be imported: CLIPVisionModel with a linear head, fused AdamW, float32 and bfloat16 autocast, eager and compiled.
---quick takes 2 layers, batch 8 and 2 repeats, and leaves compiled peers out. The memory is the compiled program's
-own account: arguments, results and temporaries at their peak; of PyTorch it is not known.
+CLIP ViT-B/32 of random weights, AdamW, batch 16, on what devices jax has. Peers, where torch and transformers can be
+imported: CLIPVisionModel with a linear head, fused AdamW, float32 and bfloat16 autocast, eager and compiled. Each
+program is a process of its own, and those of one group take steps in turn, so that whatever else the machine does
+slows all of them. The memory is the most that the process held while it took steps, its libraries included.
+
+The ratio is the best peer's median ÷ ours. The peer of a part that is trained is ours: inference where only the head
+learns, the step that trains everything where the last two blocks learn from cached activations.
+--quick takes 2 layers, batch 8 and 2 rounds, and leaves compiled peers out.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import os
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from probe.backbones import Backbone, ViTConfig, build_tower
-from probe.heads import Classifier
-from probe.images import Preprocessing
-from probe.training import optim, steps
-from probe.training.full import classifier_variables, make_apply_fn
-from probe.training.rates import RateOptions, make_rules
-from probe.training.start import zero_head
-
 NUM_CLASSES = 10
+NUM_UNFROZEN = 2
+STATUS = Path("/proc/self/status")
+
+Work = Callable[[], Any]  # one step, waited for
+
+# case -> what `ours` takes. Those of one group alternate; the peers of a case stand in `main`.
+GROUPS: list[list[str]] = [
+    ["everything, float32"],
+    ["everything, bfloat16"],
+    ["everything, float32, remat", "everything, bfloat16, remat"],
+    ["inference, float32", "head, float32", "last 2 blocks, float32", "last 2 blocks, cached", "everything, float32"],
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much work a step is."""
+
+    num_layers: int
+    batch_size: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table; ratio: the best peer's median ÷ ours on the same work."""
+    """One line of the table."""
 
     case: str
     program: str
@@ -43,127 +62,184 @@ class Row:
     ratio: float | None = None
 
 
-def median_seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Of calls after two that warm up; `work` must wait for its result."""
+def ours(case: str, size: Size) -> Work:
+    """A step of ours; `case` is one of GROUPS."""
+    import jax
+
+    from probe.backbones import Backbone, ViTConfig, build_tower
+    from probe.backbones.split import make_suffix
+    from probe.heads import Classifier
+    from probe.images import Preprocessing
+    from probe.training import optim, steps
+    from probe.training.full import classifier_variables, make_apply_fn
+    from probe.training.rates import RateOptions, make_rules
+    from probe.training.start import zero_head
+
+    config = ViTConfig(projection_dim=None, num_hidden_layers=size.num_layers)
+    side = config.image_size
+    preprocessing = Preprocessing(
+        resize=side, resample=3, crop=(side, side), rescale_factor=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    variables = jax.jit(build_tower(config).init)(jax.random.key(0), np.zeros((1, side, side, 3), np.float32))
+    backbone = Backbone("random", None, config, variables, preprocessing)  # what a step costs is not in the weights
+    params, model_state = classifier_variables(backbone, zero_head(backbone.width, NUM_CLASSES))
+    rng = np.random.default_rng(0)
+    inputs = rng.integers(0, 256, (size.batch_size, side, side, 3), np.uint8)
+    arithmetic = {"bfloat16": "bfloat16" in case, "remat": "remat" in case}
+    apply_fn = make_apply_fn(Classifier(NUM_CLASSES, backbone.module), preprocessing, **arithmetic)
+    if case.startswith("inference"):
+        evaluate = steps.make_eval_step(apply_fn)
+        return lambda: evaluate(params, {}, model_state, inputs).block_until_ready()
+    options = RateOptions(unfreeze_last=NUM_UNFROZEN if case.startswith("last") else None)
+    if case.startswith("head"):
+        options = RateOptions(freeze=("backbone",))
+    if "cached" in case:
+        suffix = make_suffix(config, size.num_layers - NUM_UNFROZEN)
+        apply_fn = make_apply_fn(Classifier(NUM_CLASSES, suffix), None)
+        tokens = 1 + (side // config.patch_size) ** 2
+        inputs = rng.normal(size=(size.batch_size, tokens, config.hidden_size)).astype(np.float32)
+    labels = optim.partition(params, make_rules(options, params))
+    trainable, frozen = optim.split(params, labels)
+    tx = optim.make_optimizer(optim.split(labels, labels)[0], num_steps=1000, warmup_steps=0, weight_decay=1e-4)
+    step = steps.make_train_step(apply_fn, tx)
+    state = steps.TrainState.create(trainable, tx, seed=0, model_state=model_state)
+    rows = np.arange(size.batch_size)
+    batch = steps.padded_batch(inputs, rows % NUM_CLASSES, size.batch_size, examples=rows)
+
+    def work() -> None:
+        nonlocal state
+        state, sums = step(state, frozen, batch)
+        jax.block_until_ready((state.params, sums))
+
+    return work
+
+
+def pytorch(case: str, size: Size, *, compiled: bool) -> Work:
+    """A step of PyTorch's that trains everything, on the CPU."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(num_hidden_layers=size.num_layers)
+    pixels = torch.rand(size.batch_size, 3, config.image_size, config.image_size)
+    labels = torch.arange(size.batch_size) % NUM_CLASSES
+    tower = CLIPVisionModel(config)
+    head = torch.nn.Linear(config.hidden_size, NUM_CLASSES)
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-5, fused=True)
+    forward = torch.compile(tower) if compiled else tower
+
+    def work() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in case):
+            logits = head(forward(pixel_values=pixels).pooler_output)
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return work
+
+
+def take_steps(case: str, program: str, size: Size) -> None:
+    """A process of one program: two steps that warm up, then one for each line that it is sent; seconds are answered,
+    and at the end the most memory that it held since, in MB."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+
+    def answer(value: float) -> None:
+        print(value, file=answers, flush=True)
+
+    work = ours(case, size) if program == "probe" else pytorch(case, size, compiled=program == "torch.compile")
     work(), work()
-    seconds = []
-    for _ in range(repeats):
+    if STATUS.exists():
+        Path("/proc/self/clear_refs").write_text("5")  # forgets what it held at most, by compiling perhaps
+    answer(0)
+    for _ in sys.stdin:
         started = time.perf_counter()
         work()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+        answer(time.perf_counter() - started)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
+    answer(int(peak[1]) / 1e3 if peak else float("nan"))
 
 
-def make_backbone(config: ViTConfig) -> Backbone:
-    """A tower of random weights: what a step costs does not depend on them."""
-    size = config.image_size
-    preprocessing = Preprocessing(
-        resize=size, resample=3, crop=(size, size), rescale_factor=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
-    pixels = np.zeros((1, size, size, 3), np.float32)
-    variables = jax.jit(build_tower(config).init)(jax.random.key(0), pixels)
-    return Backbone("random", None, config, variables, preprocessing)
-
-
-def measure_ours(backbone: Backbone, batch_size: int, repeats: int) -> list[Row]:
-    size = backbone.preprocessing.image_size
-    images = np.random.default_rng(0).integers(0, 256, (batch_size, *size, 3), np.uint8)
-    batch = steps.padded_batch(images, np.arange(batch_size) % NUM_CLASSES, batch_size, examples=np.arange(batch_size))
-    params, model_state = classifier_variables(backbone, zero_head(backbone.width, NUM_CLASSES))
-    classifier = Classifier(NUM_CLASSES, backbone.module)
+def measure(programs: list[tuple[str, str]], size: Size, rounds: int) -> list[Row]:
+    """Medians of programs (case, program) that take steps in turn."""
+    processes, seconds = [], []
+    for case, program in programs:
+        arguments = ["--worker", json.dumps([case, program, dataclasses.asdict(size)])]
+        command = [sys.executable, "-m", "tests.benchmarks.finetune", *arguments]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        process.stdout.readline()  # one compiles while no other runs
+        seconds.append([])
+    for _ in range(rounds):
+        for process, taken in zip(processes, seconds, strict=True):
+            print("step", file=process.stdin, flush=True)
+            taken.append(float(process.stdout.readline()))
     rows = []
-
-    def measure(case: str, options: RateOptions, **arithmetic: bool) -> None:
-        labels = optim.partition(params, make_rules(options, params))
-        trainable, frozen = optim.split(params, labels)
-        tx = optim.make_optimizer(optim.split(labels, labels)[0], num_steps=1000, warmup_steps=0, weight_decay=1e-4)
-        step = steps.make_train_step(make_apply_fn(classifier, backbone.preprocessing, **arithmetic), tx)
-        state = steps.TrainState.create(trainable, tx, seed=0, model_state=model_state)
-        memory = step.lower(state, frozen, batch).compile().memory_analysis()  # type: ignore[attr-defined]
-        sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        peak_mb = (sizes + memory.temp_size_in_bytes) / 1e6
-
-        def work() -> None:
-            nonlocal state
-            state, sums = step(state, frozen, batch)
-            jax.block_until_ready((state.params, sums))
-
-        rows.append(Row(case, "probe", median_seconds(work, repeats), peak_mb))
-
-    measure("everything, float32", RateOptions())
-    measure("everything, float32, remat", RateOptions(), remat=True)
-    measure("everything, bfloat16", RateOptions(), bfloat16=True)
-    measure("last 2 blocks, float32", RateOptions(unfreeze_last=2))
-    measure("head, float32", RateOptions(freeze=("backbone",)))
-    evaluate = steps.make_eval_step(make_apply_fn(classifier, backbone.preprocessing))
-    inference = median_seconds(lambda: evaluate(params, {}, model_state, images).block_until_ready(), repeats)
-    rows.append(Row("inference, float32", "probe", inference))
+    for (case, program), process, taken in zip(programs, processes, seconds, strict=True):
+        peak, _ = process.communicate()
+        rows.append(Row(case, program, statistics.median(taken), float(peak)))
     return rows
 
 
-def measure_torch(config: ViTConfig, batch_size: int, repeats: int, programs: tuple[str, ...]) -> list[Row]:
-    """The same work by PyTorch on the CPU; nothing where it cannot be imported."""
-    try:
-        import torch
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-    except ImportError:
-        return []
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    fields = {name: getattr(config, name) for name in names}
-    pixels = torch.rand(batch_size, 3, config.image_size, config.image_size)
-    labels = torch.arange(batch_size) % NUM_CLASSES
-
-    def make_work(dtype: str, compiled: bool) -> Callable[[], None]:
-        tower = CLIPVisionModel(CLIPVisionConfig(**fields))
-        head = torch.nn.Linear(config.hidden_size, NUM_CLASSES)
-        optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-5, fused=True)
-        forward = torch.compile(tower) if compiled else tower
-
-        def work() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                logits = head(forward(pixel_values=pixels).pooler_output)
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        return work
-
-    return [
-        Row(f"everything, {dtype}", program, median_seconds(make_work(dtype, program == "torch.compile"), repeats))
-        for dtype in ("float32", "bfloat16")
-        for program in programs
+def with_ratio(row: Row, rows: list[Row]) -> Row:
+    """A row of ours beside the best of its peers among the rows of its group."""
+    peer_case = {"head, float32": "inference, float32", "last 2 blocks, cached": "everything, float32"}.get(row.case)
+    peers = [
+        other.median_s
+        for other in rows
+        if (other.case == peer_case or (other.case == row.case and other.program != "probe"))
     ]
+    return dataclasses.replace(row, ratio=min(peers) / row.median_s) if peers and row.program == "probe" else row
 
 
-def with_ratios(ours: list[Row], peers: list[Row]) -> list[Row]:
-    """Our rows, each beside the best peer of its case, and those of a part beside the whole step and inference."""
-    best: dict[str, float] = {}
-    for row in peers:
-        best[row.case] = min(row.median_s, best.get(row.case, row.median_s))
-    return [
-        dataclasses.replace(row, ratio=best[row.case] / row.median_s) if row.case in best else row for row in ours
-    ] + peers
+def describe_roofs(size: Size) -> str:
+    """What the machine could do at best: the operations of a step, and how fast it multiplies."""
+    import jax
+
+    from probe.machine import matmul_rate
+
+    width, tokens, patch = 768, 50, 32 * 32 * 3
+    block = 12 * width * width * tokens + 2 * tokens * tokens * width  # multiplications: dense layers, attention
+    forward = 2 * size.batch_size * (size.num_layers * block + (tokens - 1) * patch * width)
+    step = 3 * forward - 2 * size.batch_size * (tokens - 1) * patch * width  # images get no gradient
+    lines = [f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} processors"]
+    for precision in ("float32", "bfloat16"):
+        rate = matmul_rate(precision)
+        floors = f"floor of a step {step / rate * 1e3:.0f} ms, of inference {forward / rate * 1e3:.0f} ms"
+        lines.append(f"{precision}: {step / 1e9:.0f} GFLOP a step at {rate / 1e9:.0f} GFLOP/s: {floors}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under 2 minutes")
     parser.add_argument("--json", type=Path, help="write the table here")
+    parser.add_argument("--rounds", type=int, default=9, help="steps that are timed of each program")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    config = ViTConfig(projection_dim=None, num_hidden_layers=2 if args.quick else 12)
-    batch_size, repeats = (8, 2) if args.quick else (16, 7)
-    programs = ("torch",) if args.quick else ("torch", "torch.compile")
-    ours = measure_ours(make_backbone(config), batch_size, repeats)
-    rows = with_ratios(ours, measure_torch(config, batch_size, repeats, programs))
-    print(f"ViT-B/32 with {config.num_hidden_layers} layers, batch {batch_size}, {jax.devices()[0].device_kind}")
-    for row in rows:
-        peak = f"{row.peak_mb:8,.0f} MB" if row.peak_mb is not None else " " * 11
-        ratio = f"  {row.ratio:.2f} × the best peer" if row.ratio is not None else ""
-        speed = f"{row.median_s * 1e3:9.1f} ms  {batch_size / row.median_s:7.1f} images/s"
-        print(f"{row.case:<28}{row.program:<14}{speed}  {peak}{ratio}")
+    if args.worker:
+        case, program, size = json.loads(args.worker)
+        take_steps(case, program, Size(**size))
+        return
+    size = Size(2, 8) if args.quick else Size(12, 16)
+    rounds = 2 if args.quick else args.rounds
+    has_peers = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    peers = ("torch",) if args.quick else ("torch", "torch.compile")
+    print(
+        f"ViT-B/32 with {size.num_layers} layers, batch {size.batch_size}", describe_roofs(size), sep="\n", flush=True
+    )
+    table = []
+    for number, group in enumerate(GROUPS):
+        programs = [(case, "probe") for case in group]
+        if number < 2 and has_peers:
+            programs += [(group[0], peer) for peer in peers]
+        rows = measure(programs, size, rounds)
+        for row in [with_ratio(row, rows) for row in rows]:
+            ratio = f"  {row.ratio:.2f} × the best peer" if row.ratio is not None else ""
+            speed = f"{row.median_s * 1e3:9.1f} ms  {size.batch_size / row.median_s:7.1f} images/s"
+            print(f"{row.case:<28}{row.program:<14}{speed}  {row.peak_mb:8,.0f} MB{ratio}", flush=True)
+            table.append(row)
     if args.json:
-        args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        args.json.write_text(json.dumps([dataclasses.asdict(row) for row in table], indent=1))
 
 
 if __name__ == "__main__":
