@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from probe.backbones import load_backbone
+from probe.backbones import ViTConfig, build_tower, load_backbone
 from probe.heads import Classifier, TrainedHead
 from probe.training.full import classifier_variables, make_apply_fn
 
@@ -67,3 +67,34 @@ def test_norms_and_softmax_stay_float32(backbone):
     moves = {"convert", "transpose", "reshape", "reverse", "broadcast_in_dim", "constant"}
     assert "convert" in names
     assert names <= {*moves, "dot_general", "convolution"}
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_rematerialised_gradients_are_the_same(backbone, bfloat16):
+    params, state, images, labels = prepare(backbone)
+    kept, computed_again = (
+        make_gradient(backbone, state, images, labels, bfloat16=bfloat16, remat=remat)[1](params)
+        for remat in (False, True)
+    )
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(kept))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), computed_again, kept)
+
+
+def test_rematerialisation_needs_less_memory():
+    """Of four blocks of ViT-B/32, batch 16: 118 MB of temporaries instead of 248 (of all twelve 197 instead of 681)."""
+    config = ViTConfig(projection_dim=None, num_hidden_layers=4)
+    classifier = Classifier(NUM_CLASSES, build_tower(config))
+    pixels = jax.ShapeDtypeStruct((16, 224, 224, 3), jnp.float32)
+    params = jax.eval_shape(classifier.init, jax.random.key(0), pixels)["params"]
+
+    def temporaries(remat):
+        apply_fn = make_apply_fn(classifier, None, remat=remat)
+
+        def loss(params, pixels):
+            return apply_fn(params, {}, pixels, jax.random.key(0))[0].sum()
+
+        program = jax.jit(jax.grad(loss)).lower(params, pixels).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    less, more = temporaries(True), temporaries(False)
+    assert less < 0.6 * more, (less, more)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from probe.backbones.products import dense
+from probe.backbones.remat import recomputed
 from probe.backbones.tower import (
     ACTIVATIONS,
     TowerOutput,
@@ -226,18 +227,31 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers, in order, from `first_block` on."""
+    """The layers, in order, from `first_block` on; `remat` computes each again in the backward pass."""
 
     config: EncoderConfig
     first_block: int = 0
     is_causal: bool = False
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         for index in range(self.first_block, self.config.num_hidden_layers):
-            hidden = EncoderLayer(self.config, self.is_causal, self.dtype, name=f"layers_{index}")(hidden, train)
+            name = f"layers_{index}"
+            if not self.remat or self.is_initializing():
+                hidden = EncoderLayer(self.config, self.is_causal, self.dtype, name=name)(hidden, train)
+                continue
+            layer = EncoderLayer(self.config, self.is_causal, self.dtype, parent=None)
+            dropped = train and self.config.attention_dropout > 0
+            rngs = {"dropout": self.make_rng("dropout")} if dropped else {}
+
+            def run(params: Any, hidden: jax.Array, rngs: Any, layer: EncoderLayer = layer) -> jax.Array:
+                output: Any = layer.apply({"params": params}, hidden, train, rngs=rngs)
+                return jnp.asarray(output)
+
+            hidden = recomputed(run)(self.variables["params"][name], hidden, rngs)
         return hidden
 
 
@@ -245,11 +259,13 @@ class VisionTower(nn.Module):
     """CLIP's vision tower of any `ViTConfig`, or the part of it from `first_block` on (see `probe.backbones.split`).
 
     dtype: jnp.float32 or jnp.bfloat16, of the operands of the dense layers' products; all else is float32.
+    remat: keep only what enters each block for the backward pass, and compute the rest again.
     """
 
     config: ViTConfig
     first_block: int = 0
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array, train: bool = False) -> TowerOutput:
@@ -270,7 +286,7 @@ class VisionTower(nn.Module):
                 raise ValueError(f"this tower takes images of {expected} (H, W, C), got {pixels.shape[1:]}")
             hidden = Embeddings(config, self.dtype, name="embeddings")(pixels)
             hidden = layer_norm(config, "pre_layernorm")(hidden)
-        hidden = Encoder(config, self.first_block, dtype=self.dtype, name="encoder")(hidden, train)
+        hidden = Encoder(config, self.first_block, dtype=self.dtype, remat=self.remat, name="encoder")(hidden, train)
         pooled = layer_norm(config, "post_layernorm")(hidden[:, 0])
         if config.projection_dim is None:
             return TowerOutput(last_hidden_state=hidden, pooler_output=pooled)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probe.backbones import Backbone, normalize_pixels
+from probe.backbones import Backbone, VisionTower, normalize_pixels
 from probe.heads import Classifier, TrainedHead
 from probe.images import Preprocessing
 from probe.training.augment import AugmentConfig, augment, example_keys
@@ -52,10 +52,14 @@ def make_apply_fn(
         of the pretrained tower stay: a fine-tuning batch is too small to replace them.
       bfloat16: multiply bfloat16 operands in training; sums, weights, gradients, norms, softmax and all evaluation
         are float32.
-      remat: keep the results of matrix products only for the backward pass, and compute the rest again.
+      remat: keep less for the backward pass and compute the rest again: of a CLIP tower what enters each block, of a
+        ResNet what convolutions give (which XLA for the CPU undoes).
     """
 
-    trained = classifier.clone(backbone=classifier.backbone.clone(dtype=jnp.bfloat16)) if bfloat16 else classifier
+    by_block = remat and isinstance(classifier.backbone, VisionTower)
+    arithmetic = {"dtype": jnp.bfloat16} if bfloat16 else {}
+    arithmetic |= {"remat": True} if by_block else {}
+    trained = classifier.clone(backbone=classifier.backbone.clone(**arithmetic))
 
     def train_fn(variables: Any, pixels: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
         state = {name: leaf for name, leaf in variables.items() if name != "params"}
@@ -63,7 +67,7 @@ def make_apply_fn(
             return jnp.asarray(trained.apply(variables, pixels)), state
         return trained.apply(variables, pixels, train=True, mutable=list(state), rngs={"dropout": key})
 
-    if remat:
+    if remat and not by_block:
         train_fn = jax.checkpoint(train_fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 
     def apply_fn(params: Any, model_state: Any, inputs: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
