@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from PIL import features
 
-from probe.backbones import Backbone, load_backbone
+from probe.backbones import Backbone, Precision, ViTConfig, int8_precision, load_backbone
 from probe.config import DoctorConfig
 from probe.embedding import make_run_batch
 from probe.errors import InputError
@@ -31,6 +31,7 @@ _PACKAGES = ("probe-jax", "jax", "jaxlib", "flax", "numpy", "pillow", "h5py")
 _DECODED = 192  # images, of which the first are not counted: workers start meanwhile
 _STARTING = 64
 _BATCH = 8
+_COMPARED = 16  # images, at most, whose embeddings are compared
 _ACCELERATORS = {  # what a driver leaves -> what jax needs
     "/dev/nvidia0": "pip install -U 'jax[cuda13]'",
     "/dev/kfd": "pip install -U 'jax[rocm7-local]'",
@@ -71,7 +72,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
         "usable_cores": _usable_cores(),
         "operations_per_second": rates,
     }
-    decoding, _ = _measure_decoding(paths, what, backbone)
+    decoding, pixels = _measure_decoding(paths, what, backbone)
     result["decoding"] = dataclasses.asdict(decoding)
     if backbone is not None:
         run_batch = make_run_batch(backbone)
@@ -82,6 +83,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
             "name": backbone.name,
             "flops_per_image": flops,
             "images_per_second": {precision: rate * num_devices / flops for precision, rate in rates.items()},
+            "differences": _differences(backbone, pixels[:_COMPARED]),
         }
     result["warnings"] = _warnings(result, decoding)
     return result
@@ -107,6 +109,11 @@ def describe(result: dict[str, Any]) -> str:
         for precision, bound in backbone["images_per_second"].items():
             slower = " (decoding is slower)" if decoding["images_per_second"] < bound else ""
             lines.append(f"  {precision}: {bound:,.1f} images/s{slower}")
+        for precision, difference in backbone["differences"].items():
+            lines.append(
+                f"{precision} beside float32 on {difference['num_images']} images: cosine {difference['cosine']:.6f} at "
+                f"least, differing by {difference['max_abs']:.2g} at most"
+            )
     else:
         lines.append("with --backbone B: how many images a second that allows, and what each precision changes")
     lines += [f"warning: {warning}" for warning in result["warnings"]] or ["nothing here will be slow"]
@@ -181,6 +188,33 @@ def _measure_decoding(
         raise InputError(f"none of the sample images can be decoded: {failure}")
     measured = _Decoding(num_workers, counted / seconds, 1e3 * reading / counted, 1e3 * decoding / counted, what)
     return measured, np.stack([*pixels.values()])
+
+
+def _differences(backbone: Backbone, pixels: np.ndarray) -> dict[str, dict[str, float]]:
+    """How far the embeddings of each other precision are from those of float32; int8 is for towers of blocks.
+
+    Args:
+      pixels: [N, H, W, 3] uint8.
+    """
+    precisions = [Precision("float32"), Precision("bfloat16")]
+    if isinstance(backbone.config, ViTConfig):
+        precisions.append(int8_precision(backbone))
+    num_devices = len(jax.local_devices())
+    images = np.concatenate([pixels, np.repeat(pixels[:1], -len(pixels) % num_devices, axis=0)])
+    embeddings = {
+        precision.name: np.asarray(make_run_batch(backbone, precision)(images)["pooler"])[: len(pixels)]
+        for precision in precisions
+    }
+    exact = embeddings.pop("float32")
+    found: dict[str, dict[str, float]] = {}
+    for name, rounded in embeddings.items():
+        norms = np.linalg.norm(exact, axis=1) * np.linalg.norm(rounded, axis=1)
+        found[name] = {
+            "num_images": len(pixels),
+            "max_abs": float(np.abs(rounded - exact).max()),
+            "cosine": float(((exact * rounded).sum(axis=1) / np.maximum(norms, 1e-30)).min()),
+        }
+    return found
 
 
 def _warnings(result: dict[str, Any], decoding: _Decoding) -> list[str]:

@@ -30,6 +30,16 @@ def test_figures_hang_together(result: dict) -> None:
     assert json.loads(json.dumps(result)) == result
 
 
+def test_precisions_are_compared_with_float32(result: dict, tiny_resnet: Path) -> None:
+    differences = result["backbone"]["differences"]
+    assert set(differences) == {"bfloat16", "int8"}
+    for difference in differences.values():
+        assert 0.99 < difference["cosine"] < 1  # rounded, and close
+        assert difference["max_abs"] > 0
+    assert "int8 beside float32 on 2 images: cosine 0.99" in describe(result)
+    assert set(doctor(DoctorConfig(backbone=str(tiny_resnet)))["backbone"]["differences"]) == {"bfloat16"}
+
+
 def test_the_text_names_versions_devices_rates_and_bounds(result: dict) -> None:
     text = describe(result)
     for words in ("python 3.", "jaxlib", "libjpeg", "device: cpu", "matrix products, int8:", "decoding:", "at most"):

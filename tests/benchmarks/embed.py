@@ -18,7 +18,6 @@ are compared. Parts, which --only can choose:
 import argparse
 import concurrent.futures
 import dataclasses
-import inspect
 import itertools
 import json
 import os
@@ -38,7 +37,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from probe.backbones import Backbone, ViTConfig, load_backbone, make_embed_fn, save_backbone
+from probe.backbones import (
+    Backbone,
+    Precision,
+    ViTConfig,
+    int8_precision,
+    load_backbone,
+    make_embed_fn,
+    save_backbone,
+)
 from probe.config import EmbedConfig
 from probe.embed import embed
 from probe.images import load_image
@@ -59,8 +66,7 @@ TOWERS = {
         num_attention_heads=16,
     ),
 }
-HAS_PRECISIONS = "precision" in inspect.signature(make_embed_fn).parameters
-PRECISIONS = ("float32", "bfloat16", "int8") if HAS_PRECISIONS else ("float32",)
+PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +81,8 @@ class Row:
 
 def make_ours(backbone: Backbone, precision: str) -> Run:
     """Our tower, on uint8 [B, H, W, 3]: it normalises on the device, which peers are spared."""
-    if HAS_PRECISIONS:
-        from probe.backbones.precision import Precision
-
-        run: Callable[[Any], Any] = make_embed_fn(backbone, ("pooler",), Precision(precision))  # type: ignore[call-arg]
-    else:
-        embed_fn, variables = make_embed_fn(backbone, ("pooler",)), jax.device_put(backbone.variables)
-        run = lambda images: embed_fn(variables, images)  # noqa: E731
+    chosen = int8_precision(backbone) if precision == "int8" else Precision(precision)
+    run = make_embed_fn(backbone, ("pooler",), chosen)
     return lambda images: np.asarray(run(images)["pooler"])
 
 
@@ -256,9 +257,7 @@ class Bench:
     def _embed_by_probe(self, checkpoint: Path, images: Path, precision: str, **options: Any) -> tuple[Any, int]:
         out = self.folder / "cache"
         shutil.rmtree(out, ignore_errors=True)
-        if "precision" in {field.name for field in dataclasses.fields(EmbedConfig)}:
-            options["precision"] = precision
-        summary = embed(EmbedConfig(images=images, backbone=str(checkpoint), out=out, **options))
+        summary = embed(EmbedConfig(images=images, backbone=str(checkpoint), out=out, precision=precision, **options))
         return summary["stages"], summary["batch_size"]
 
     def _embed_by_peer(self, run: Run, files: list[Path], backbone: Backbone, batch: int) -> np.ndarray:
@@ -332,16 +331,19 @@ class Bench:
             def load(paths: list[Path], rules: Any) -> np.ndarray:
                 return np.stack([load_image(path.read_bytes(), rules) for path in paths])
 
+            precisions = (
+                PRECISIONS if isinstance(backbone.config, ViTConfig) else PRECISIONS[:2]
+            )  # no int8 convolutions
             images = load(photos, backbone.preprocessing)
             exact_large = load(large, backbone.preprocessing)
             fast_large = load(large, fast)
             outputs = {}
-            for precision in PRECISIONS:
+            for precision in precisions:
                 run = make_ours(backbone, precision)
                 outputs[precision] = batched(run, images)
                 if precision == "float32":
                     effect = cosine(batched(run, exact_large), batched(run, fast_large))
-            for precision in PRECISIONS[1:]:
+            for precision in precisions[1:]:
                 cosines = cosine(outputs["float32"], outputs[precision])
                 scale = np.abs(outputs["float32"]).max()
                 worst = np.abs(outputs[precision] - outputs["float32"]).max() / scale
