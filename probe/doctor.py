@@ -111,8 +111,8 @@ def describe(result: dict[str, Any]) -> str:
             lines.append(f"  {precision}: {bound:,.1f} images/s{slower}")
         for precision, difference in backbone["differences"].items():
             lines.append(
-                f"{precision} beside float32 on {difference['num_images']} images: cosine {difference['cosine']:.6f} at "
-                f"least, differing by {difference['max_abs']:.2g} at most"
+                f"{precision} beside float32 on {difference['num_images']} images: cosine {difference['cosine']:.6f} "
+                f"at least, differing by {difference['max_abs']:.2g} at most"
             )
     else:
         lines.append("with --backbone B: how many images a second that allows, and what each precision changes")

@@ -41,16 +41,17 @@ from probe.backbones import (
     Backbone,
     Precision,
     ViTConfig,
+    build_tower,
     int8_precision,
     load_backbone,
     make_embed_fn,
     save_backbone,
 )
-from probe.config import EmbedConfig
+from probe.config import EmbedConfig, FitLinearConfig
 from probe.embed import embed
-from probe.images import load_image
+from probe.images import Preprocessing, load_image
+from probe.linear import fit_linear
 from probe.machine import count_flops, matmul_rate
-from tests.benchmarks.finetune import make_backbone
 from tests.benchmarks.peers import PEERS, Run, make_peer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -77,6 +78,14 @@ class Row:
     program: str
     median_s: float
     ratio: float | None = None
+
+
+def make_backbone(config: ViTConfig) -> Backbone:
+    """A tower of random weights: what it costs does not depend on them."""
+    side = config.image_size
+    rules = Preprocessing.from_config({"image_processor_type": "CLIPImageProcessor", "size": side, "crop_size": side})
+    pixels = np.zeros((1, side, side, 3), np.float32)
+    return Backbone("random", None, config, jax.jit(build_tower(config).init)(jax.random.key(0), pixels), rules)
 
 
 def make_ours(backbone: Backbone, precision: str) -> Run:
@@ -331,9 +340,8 @@ class Bench:
             def load(paths: list[Path], rules: Any) -> np.ndarray:
                 return np.stack([load_image(path.read_bytes(), rules) for path in paths])
 
-            precisions = (
-                PRECISIONS if isinstance(backbone.config, ViTConfig) else PRECISIONS[:2]
-            )  # no int8 convolutions
+            has_int8 = isinstance(backbone.config, ViTConfig)  # it has no convolutions
+            precisions = PRECISIONS if has_int8 else PRECISIONS[:2]
             images = load(photos, backbone.preprocessing)
             exact_large = load(large, backbone.preprocessing)
             fast_large = load(large, fast)
@@ -351,11 +359,22 @@ class Bench:
                     f"accuracy, {name}: {precision} to float32: cosine {cosines.min():.6f} at least, "
                     f"{cosines.mean():.6f} on average, {worst:.4f} of the largest value at most; {len(images)} photos"
                 )
+            if not has_int8 and not self.quick:
+                self._measure_probe(precisions)
             difference = np.abs(exact_large.astype(int) - fast_large).mean()
             print(
                 f"accuracy, {name}: --decode fast on 4000x3000: cosine {effect.min():.6f} at least, "
                 f"{effect.mean():.6f} on average; pixels differ by {difference:.3f} grey levels"
             )
+
+    def _measure_probe(self, precisions: tuple[str, ...]) -> None:
+        """The linear probe's accuracy on the development photos, from embeddings of each precision."""
+        for precision in precisions:
+            cache, run = self.folder / f"photos-{precision}", self.folder / f"run-{precision}"
+            images, backbone = SHARED / "data" / "dogs_cats", str(SHARED / "models" / "resnet50-thin")
+            embed(EmbedConfig(images=images, backbone=backbone, out=cache, precision=precision))
+            test = fit_linear(FitLinearConfig(cache=cache, out=run))["splits"]["test"]
+            print(f"accuracy, linear probe on {precision}: {test['accuracy']:.3f} of {test['n']} test photos")
 
 
 def batched(run: Run, images: np.ndarray, size: int = 16) -> np.ndarray:
