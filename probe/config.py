@@ -58,7 +58,7 @@ class EmbedConfig:
     """Cache folder to create or to continue."""
     precision: IfGiven[Literal["auto", "float32", "tf32", "bfloat16", "int8"]] = None
     """Arithmetic of the backbone, fixed by whoever creates the cache (if not given: what the cache says, or auto).
-    auto: bfloat16 where that is faster and, on sample pictures, keeps a cosine of 0.9999 to float32; else float32.
+    auto: bfloat16 where that is faster and keeps a cosine of 0.9999 to float32 on some of the images; else float32.
     bfloat16, int8 and, on GPUs, tf32 round the operands of products; int8 moves embeddings most, and is never chosen
     for you."""
     batch_size: IfGiven[int] = None

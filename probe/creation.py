@@ -24,7 +24,7 @@ from probe.errors import ConfigError
 
 DEFAULT_BATCH_SIZE = 32
 LEAST_COSINE = 0.9999  # of bfloat16 to float32, below which `auto` does not take it
-_NUM_COMPARED = 4  # sample pictures whose embeddings are compared
+NUM_COMPARED = 4  # pictures whose embeddings are compared
 _FASTER = 1.05  # times as fast as float32 that bfloat16 must be, to be worth its roundings
 _NEAR_BEST = 0.95  # of the best rate is as good: the smaller batch waits and pads less
 _IDLE_SECONDS = 5e-4  # per image: what is faster than that waits for images to be decoded, and gains nothing
@@ -42,13 +42,21 @@ class Choice:
     why: str = ""
 
 
-def choose(backbone: Backbone, precision: str, batch_size: int | None, *, measure: bool = True) -> Choice:
+def choose(
+    backbone: Backbone,
+    precision: str,
+    batch_size: int | None,
+    *,
+    pictures: np.ndarray | None = None,
+    measure: bool = True,
+) -> Choice:
     """Settles what the user left open: `precision` "auto", and a batch size of None.
 
-    auto is bfloat16 if that is faster here and its embeddings of a few sample pictures have a cosine of at least
-    LEAST_COSINE to those of float32, else float32; never int8.
+    auto is bfloat16 if that is faster here and its embeddings of `pictures` have a cosine of at least LEAST_COSINE to
+    those of float32, else float32; never int8.
 
     Args:
+      pictures: some of those to embed, [n, H, W, 3] uint8; synthetic ones if there are none.
       measure: else "auto" is float32 and the batch size the default one: for processes that must agree without
         talking to each other.
     Raises: ConfigError for a precision that device or backbone do not have, or a batch that the devices cannot divide.
@@ -79,7 +87,9 @@ def choose(backbone: Backbone, precision: str, batch_size: int | None, *, measur
     sizes = [batch_size] if batch_size is not None else _sizes(mesh_size)
     if len(candidates) > 1:
         trial = batch_size or sizes[len(sizes) // 2]
-        chosen, note = _faster_of(backbone, candidates, trial, accurate=precision == "auto")
+        chosen, note = _faster_of(
+            backbone, candidates, trial, pictures=_or_synthetic(pictures, backbone) if precision == "auto" else None
+        )
         notes.append(note)
     else:
         chosen = candidates[0]
@@ -97,9 +107,9 @@ def _sizes(mesh_size: int) -> list[int]:
 
 
 def _faster_of(
-    backbone: Backbone, candidates: Sequence[Precision], batch_size: int, *, accurate: bool
+    backbone: Backbone, candidates: Sequence[Precision], batch_size: int, *, pictures: np.ndarray | None
 ) -> tuple[Precision, str]:
-    """Float32 or bfloat16, and why."""
+    """Float32 or bfloat16, and why; the embeddings of `pictures` must be near, where there are any."""
     exact, rounded = candidates
     slow = _seconds(make_stages(backbone, backbone.views, exact), backbone, batch_size)
     if slow / batch_size < _IDLE_SECONDS:
@@ -107,10 +117,10 @@ def _faster_of(
     fast = _seconds(make_stages(backbone, backbone.views, rounded), backbone, batch_size)
     if slow < _FASTER * fast:
         return exact, f"float32: bfloat16 is {slow / fast:.2f} times as fast here"
-    cosine = least_cosine(backbone, exact, rounded) if accurate else 1.0
+    cosine = 1.0 if pictures is None else least_cosine(backbone, exact, rounded, pictures)
     if cosine < LEAST_COSINE:
         return exact, f"float32: bfloat16 is {slow / fast:.2f} times as fast, but its cosine to float32 is {cosine:.6f}"
-    told = f", cosine to it at least {cosine:.6f} on {_NUM_COMPARED} sample pictures" if accurate else ""
+    told = "" if pictures is None else f", cosine to it at least {cosine:.6f} on {len(pictures)} images"
     return rounded, f"bfloat16: {slow / fast:.2f} times as fast as float32 here{told}"
 
 
@@ -177,9 +187,8 @@ def _check_memory(compiled: Any, stages: list[Stage]) -> None:
         raise _TooLargeError
 
 
-def least_cosine(backbone: Backbone, exact: Precision, rounded: Precision) -> float:
-    """The smallest cosine between the embeddings of two precisions, over sample pictures and views."""
-    pictures = sample_pictures(_NUM_COMPARED, backbone.preprocessing.image_size)
+def least_cosine(backbone: Backbone, exact: Precision, rounded: Precision, pictures: np.ndarray) -> float:
+    """The smallest cosine between the embeddings of two precisions, over pictures and views."""
     outputs = []
     for precision in (exact, rounded):
         hidden: Any = pictures
@@ -192,6 +201,12 @@ def least_cosine(backbone: Backbone, exact: Precision, rounded: Precision) -> fl
         for view in ours
         for a, b in zip(ours[view], theirs[view], strict=True)
     )
+
+
+def _or_synthetic(pictures: np.ndarray | None, backbone: Backbone) -> np.ndarray:
+    if pictures is not None and len(pictures):
+        return pictures
+    return sample_pictures(NUM_COMPARED, backbone.preprocessing.image_size)
 
 
 def _spell(rates: dict[int, float]) -> str:

@@ -39,12 +39,12 @@ from probe.cache import (
     newest_complete,
 )
 from probe.config import EmbedConfig
-from probe.creation import Choice, choose
+from probe.creation import NUM_COMPARED, Choice, choose
 from probe.embedding import Device, Item, RunBatch, ShardInWork, made_by, make_run_batch, memory_explained, refuse
 from probe.engines.worker import Job, describe_workers
 from probe.errors import ConfigError, FailedImagesError, InputError, StorageError
 from probe.estimate import describe_estimate, estimate, spread
-from probe.images import ImageError, ImageLoader, LoadedImage
+from probe.images import ImageError, ImageLoader, LoadedImage, load_image
 from probe.machine import count_flops, matmul_rate
 from probe.progress import Progress
 from probe.sources import Columns, Example, Source, check_labels, display_name, open_source
@@ -83,7 +83,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
         backbone = load_backbone(config.backbone).with_decode(_decode_rule(config))
         if workers:
             workers.start(f"{backbone.name}@{backbone.revision}" if backbone.revision else backbone.name)
-        manifest = _settle(config, backbone, workers.device() if workers else Device.here())
+        manifest = _settle(config, backbone, workers.device() if workers else Device.here(), source, examples)
         if config.dry_run:
             with memory_explained(manifest.identity["batch_size"]):
                 return estimate(config, manifest, backbone, source, examples, inputs)
@@ -362,14 +362,16 @@ def _decode_rule(config: EmbedConfig) -> Literal["exact", "fast"]:
     return config.decode or rule
 
 
-def _settle(config: EmbedConfig, backbone: Backbone, device: Device) -> Manifest:
+def _settle(
+    config: EmbedConfig, backbone: Backbone, device: Device, source: Source, examples: list[Example]
+) -> Manifest:
     """How embeddings are made: what the cache says, if there is one, where the user leaves it open.
 
     Raises: MismatchError listing every field in which an existing cache differs.
     """
     found = load_manifest(config.out) if (config.out / "cache.json").exists() else None
     fixed = found.identity if found else {}
-    chosen = _choose(config, backbone, fixed)
+    chosen = _choose(config, backbone, fixed, source, examples)
     batch_size = chosen.batch_size
     shard_rows = config.shard_rows or (found.shard_rows if found else _default_shard_rows(backbone, device))
     if found is None or config.shard_rows is not None:
@@ -410,11 +412,15 @@ def _default_shard_rows(backbone: Backbone, device: Device) -> int:
     return max(1, min(_SHARD_ROWS_CPU, int(_SHARD_FLOPS_CPU / flops)))
 
 
-def _choose(config: EmbedConfig, backbone: Backbone, fixed: dict[str, Any]) -> Choice:
+def _choose(
+    config: EmbedConfig, backbone: Backbone, fixed: dict[str, Any], source: Source, examples: list[Example]
+) -> Choice:
     """Precision and batch size: as given, else as an existing cache says, else as they are best here."""
     if not fixed:
         measure = config.num_shards == 1 and config.engine == "local"
-        chosen = choose(backbone, config.precision or "auto", config.batch_size, measure=measure)
+        precision = config.precision or "auto"
+        pictures = _some_pictures(config, source, examples, backbone) if measure and precision == "auto" else None
+        chosen = choose(backbone, precision, config.batch_size, pictures=pictures, measure=measure)
         if chosen.why:
             print(f"chosen for {config.out}: {chosen.why}", file=sys.stderr)
         return chosen
@@ -423,6 +429,19 @@ def _choose(config: EmbedConfig, backbone: Backbone, fixed: dict[str, Any]) -> C
     if config.precision is None or config.precision == "auto" or config.precision == recorded.name:
         return Choice(recorded, batch_size)
     return Choice(Precision(config.precision), batch_size)
+
+
+def _some_pictures(
+    config: EmbedConfig, source: Source, examples: list[Example], backbone: Backbone
+) -> np.ndarray | None:
+    """A few of the images that can be read, [n, H, W, 3] uint8."""
+    pictures: list[np.ndarray] = []
+    for _, content in source.iter_bytes(spread(examples, 2 * NUM_COMPARED)):
+        with contextlib.suppress(ImageError, OSError):
+            if not isinstance(content, ImageError) and len(pictures) < NUM_COMPARED:
+                data = content if isinstance(content, bytes) else content.read_bytes()
+                pictures.append(load_image(data, backbone.preprocessing, max_pixels=config.max_pixels))
+    return np.stack(pictures) if pictures else None
 
 
 def _inputs(source: Source, examples: list[Example]) -> Inputs:

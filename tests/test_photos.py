@@ -11,8 +11,10 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from probe.cache import Cache
 from probe.cli import main
 
 pytestmark = [pytest.mark.photos, pytest.mark.timeout(1200)]
@@ -27,7 +29,21 @@ def backbone(shared: Path) -> str:
 def cache(shared: Path, backbone: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embeddings of all 800 photos."""
     out = tmp_path_factory.mktemp("photos") / "cache"
-    assert main(["embed", str(shared / "data" / "dogs_cats"), "--backbone", backbone, "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "embed",
+                str(shared / "data" / "dogs_cats"),
+                "--backbone",
+                backbone,
+                "--precision",
+                "float32",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -117,3 +133,21 @@ def test_finetuning_everything_improves_on_the_head_it_started_from(
     low, high = tuned["verdict"]["finetuned"]["accuracy_difference_interval_95"]
     assert low <= tuned["verdict"]["finetuned"]["accuracy_difference"] <= high
     assert high >= 0, "worse on validation than the probe, beyond chance"
+
+
+def test_bfloat16_is_near_float32_and_moves_no_decision(
+    shared: Path, backbone: str, cache: Path, tmp_path: Path
+) -> None:
+    """Of a ResNet, whose convolutions are in bfloat16 but for the first ones; `cache` is float32."""
+    images, rounded = str(shared / "data" / "dogs_cats"), tmp_path / "cache"
+    options = ["--backbone", backbone, "--precision", "bfloat16", "--batch-size", "8", "--out", str(rounded)]
+    assert main(["embed", images, *options]) == 0
+    exact, ours = (Cache.open(each).embeddings("pooler").astype(np.float64) for each in (cache, rounded))
+    cosines = (exact * ours).sum(axis=1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(ours, axis=1)
+    assert cosines.min() >= 0.9999
+    accuracies = []
+    for folder, out in ((cache, "exact"), (rounded, "rounded")):
+        assert main(["fit-linear", str(folder), "--out", str(tmp_path / out)]) == 0
+        accuracies.append(metrics_of(tmp_path / out)["splits"]["test"])
+    low, high = accuracies[0]["accuracy_interval_95"]
+    assert low <= accuracies[1]["accuracy"] <= high

@@ -33,17 +33,21 @@ def make_resnet_stages(
     operand = precision.name
     if operand == "int8":
         raise ValueError("convolutions have no int8")
+    # Rounding what the first two stages of eighteen read costs more than all others together: on photos through a
+    # ResNet-50 they take the cosine from 0.99996 to 0.9998.
+    first: Operand = "float32" if operand == "bfloat16" else operand
     params, statistics = (jax.tree.map(np.asarray, variables[name]) for name in ("params", "batch_stats"))
-    stem = _fold(params["embedder"], statistics["embedder"], operand, _pixel_scale(preprocessing))
+    stem = _fold(params["embedder"], statistics["embedder"], first, _pixel_scale(preprocessing))
     mean = np.asarray(np.asarray(preprocessing.mean) / preprocessing.rescale_factor, np.float32)
-    stages = [Stage("embedder", functools.partial(_stem, config, operand), {"mean": mean, "convolution": stem})]
+    stages = [Stage("embedder", functools.partial(_stem, config, first), {"mean": mean, "convolution": stem})]
     for index, depth in enumerate(config.depths):
         for layer in range(depth):
             name = f"stages_{index}/layers_{layer}"
             tree, stats = (t["encoder"][f"stages_{index}"][f"layers_{layer}"] for t in (params, statistics))
-            weights = {part: _fold(tree[part], stats[part], operand) for part in tree}
+            rounded = first if index == layer == 0 else operand
+            weights = {part: _fold(tree[part], stats[part], rounded) for part in tree}
             halves = layer == 0 and (index > 0 or config.downsample_in_first_stage)
-            apply = _layer_function(config, operand, config.hidden_sizes[index], 2 if halves else 1)
+            apply = _layer_function(config, rounded, config.hidden_sizes[index], 2 if halves else 1)
             stages.append(Stage(name, apply, weights))
     return [*stages, Stage("pooler", _pool, {})]
 
