@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from probe.config import PredictConfig as PredictConfig
     from probe.embed import embed as embed_images
     from probe.errors import ProbeError as ProbeError
+    from probe.estimator import LinearProbe as LinearProbe
     from probe.finetune import finetune as finetune_images
     from probe.heads import Classifier as Classifier
     from probe.linear import fit_linear as fit_linear
@@ -40,6 +41,7 @@ _HOMES = {
     "EmbedConfig": ("probe.config", "EmbedConfig"),
     "FinetuneConfig": ("probe.config", "FinetuneConfig"),
     "FitLinearConfig": ("probe.config", "FitLinearConfig"),
+    "LinearProbe": ("probe.estimator", "LinearProbe"),
     "PredictConfig": ("probe.config", "PredictConfig"),
     "ProbeError": ("probe.errors", "ProbeError"),
     "TextEncoder": ("probe.backbones", "TextEncoder"),
