@@ -121,7 +121,7 @@ class RayWorkers:
           worker: what has the methods of `ShardWorker`.
         Raises: EngineError if there is no cluster at the address, or it has fewer GPUs than one worker wants.
         """
-        _connect(address or os.environ.get("RAY_ADDRESS") or "local")
+        _connect(address or os.environ.get("RAY_ADDRESS") or "local", num_workers or 1)
         cluster = ray.cluster_resources()
         if gpus_per_worker is not None and cluster.get("GPU", 0) < gpus_per_worker:
             ray.shutdown()
@@ -278,8 +278,12 @@ class RayWorkers:
         self._again.append(shard)
 
 
-def _connect(address: str) -> None:
-    own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+def _connect(address: str, num_workers: int) -> None:
+    own: dict[str, Any] = {
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "num_cpus": max(os.cpu_count() or 1, num_workers),  # who asks for more workers than cores gets them
+    }
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **(own if address == "local" else {}))
     except (ConnectionError, RayError, RuntimeError, ValueError) as err:
