@@ -79,7 +79,7 @@ def open_page(browser):
         context.close()
     assert said == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    assert {url.rpartition("/")[2] for url in asked if url.startswith("file:")} <= {"report.html"}
+    assert {url.rpartition("/")[2] for url in asked if url.startswith("file:")} <= {"report.html", "audit.html"}
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -105,6 +105,14 @@ def test_it_is_accessible(open_page, report, axe, view):
     page.locator("#matrix button").first.click()
     found = axe.run(page).response["violations"]
     assert [(one["id"], [node["target"] for node in one["nodes"]]) for one in found] == []
+
+
+def test_the_audit_is_accessible(open_page, report, axe, tmp_path):
+    assert main(["audit", str(report.parents[1] / "cache"), "--out", str(tmp_path)]) == 0
+    page = open_page(tmp_path / "audit.html", "phone")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.locator("h1").inner_text() == "Audit"
+    assert [one["id"] for one in axe.run(page).response["violations"]] == []
 
 
 def test_a_cell_of_the_matrix_shows_its_images(open_page, report):
