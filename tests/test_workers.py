@@ -366,7 +366,7 @@ def test_ctrl_c_ends_everything_and_workers_say_nothing(running: tuple[subproces
 def test_a_stopped_parent_goes_on(tmp_path: Path) -> None:
     """Ctrl-Z and fg: what was being decoded meanwhile is no timeout."""
     (tmp_path / "image.png").write_bytes(PNG)
-    script = SCRIPT.replace("num_workers=2", "num_workers=2, timeout_s=0.5").replace("== 30", "in (30, 3000)")
+    script = SCRIPT.replace("num_workers=2", "num_workers=2, timeout_s=3").replace("== 30", "in (30, 3000)")
     process = subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / "image.png"],
         stdout=subprocess.PIPE,
@@ -376,7 +376,7 @@ def test_a_stopped_parent_goes_on(tmp_path: Path) -> None:
     assert process.stdout
     process.stdout.readline()
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(1.5)
+    time.sleep(4)
     os.kill(process.pid, signal.SIGCONT)
     assert process.stdout.readline()
     process.kill()
