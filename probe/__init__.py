@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from probe.config import FinetuneConfig as FinetuneConfig
     from probe.config import FitLinearConfig as FitLinearConfig
     from probe.config import PredictConfig as PredictConfig
+    from probe.config import ZeroShotConfig as ZeroShotConfig
     from probe.embed import embed as embed_images
     from probe.errors import ProbeError as ProbeError
     from probe.estimator import LinearProbe as LinearProbe
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from probe.linear import fit_linear as fit_linear
     from probe.predict import predict as predict_images
     from probe.training.optim import partition as partition
+    from probe.zero_shot import zero_shot as zero_shot_images
 
 # A verb's function has its module's name, and `import probe.embed` would put the module here under that name:
 # hence embed_images.
@@ -45,6 +47,7 @@ _HOMES = {
     "PredictConfig": ("probe.config", "PredictConfig"),
     "ProbeError": ("probe.errors", "ProbeError"),
     "TextEncoder": ("probe.backbones", "TextEncoder"),
+    "ZeroShotConfig": ("probe.config", "ZeroShotConfig"),
     "compare_runs": ("probe.compare", "compare"),
     "embed_images": ("probe.embed", "embed"),
     "finetune_images": ("probe.finetune", "finetune"),
@@ -56,6 +59,7 @@ _HOMES = {
     "partition": ("probe.training.optim", "partition"),
     "predict_images": ("probe.predict", "predict"),
     "save_backbone": ("probe.backbones", "save_backbone"),
+    "zero_shot_images": ("probe.zero_shot", "zero_shot"),
 }
 
 

@@ -43,11 +43,13 @@ _Command = (
     Annotated[configs.EmbedConfig, subcommand("embed", prefix_name=False)]
     | Annotated[configs.FitLinearConfig, subcommand("fit-linear", prefix_name=False)]
     | Annotated[configs.FinetuneConfig, subcommand("finetune", prefix_name=False)]
+    | Annotated[configs.ZeroShotConfig, subcommand("zero-shot", prefix_name=False)]
     | Annotated[configs.PredictConfig, subcommand("predict", prefix_name=False)]
     | Annotated[configs.CompareConfig, subcommand("compare", prefix_name=False)]
     | Annotated[configs.ReportConfig, subcommand("report", prefix_name=False)]
     | Annotated[configs.DoctorConfig, subcommand("doctor", prefix_name=False)]
     | Annotated[configs.AuditConfig, subcommand("audit", prefix_name=False)]
+    | Annotated[configs.DemoConfig, subcommand("demo", prefix_name=False)]
     | Annotated[_Cache, subcommand("cache", description="List, verify, join and exchange caches.", prefix_name=False)]
 )
 
@@ -154,6 +156,10 @@ def _verb_of(config: object) -> tuple[_Verb, _Describe]:
             from probe import finetune
 
             return finetune.finetune, finetune.describe
+        case configs.ZeroShotConfig():
+            from probe import zero_shot
+
+            return zero_shot.zero_shot, zero_shot.describe
         case configs.PredictConfig():
             from probe import predict
 
@@ -174,6 +180,10 @@ def _verb_of(config: object) -> tuple[_Verb, _Describe]:
             from probe import doctor
 
             return doctor.doctor, doctor.describe
+        case configs.DemoConfig():
+            from probe import demo
+
+            return demo.demo, demo.describe
         case configs.CacheLsConfig():
             from probe import cache_tools
 

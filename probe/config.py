@@ -246,6 +246,11 @@ class FitLinearConfig:
     scalings: tuple[Literal["standard", "l2", "none"], ...] = ("standard",)
     """standard: by the mean and deviation of the training rows; l2: rows of norm 1; none. All are folded into the
     saved head; of several the best on validation."""
+    prior: Literal["none", "text"] = "none"
+    """What λ pulls the weights to: none, which is 0, or text, the zero-shot head of the backbone's own text tower,
+    times a strength that is chosen with λ (0, 1/4, 1/2 or 1). Needs --views projected --scalings l2."""
+    prompts: tuple[str, ...] = ("a photo of {}", "a picture of {}", "{}")
+    """With --prior text: texts with {} where a class's name goes; a class is what they say on average."""
     penalties: tuple[float, ...] = ()
     """Values of λ to choose from (if not given: 17 over 8 decades about the features' mean variance)."""
     criterion: Literal["accuracy", "nll"] = "accuracy"
@@ -298,6 +303,14 @@ class FitLinearConfig:
             for option in ("views", "scalings"):
                 chosen = getattr(self, option)
                 _require(len(chosen) == 1, option, "a single one except with --solver lbfgs or sklearn", chosen)
+        if self.prior == "text":
+            view = self.views == ("projected",) and self.scalings == ("l2",)
+            _require(view, "prior", "none except with --views projected --scalings l2", self.prior)
+            alone = (self.head, self.solver) == ("linear", "lbfgs") and not (self.shots or self.learning_curve)
+            needs = "none except with --head linear, --solver lbfgs, and none of --shots and --learning-curve"
+            _require(alone, "prior", needs, self.prior)
+            for prompt in self.prompts:
+                _require("{}" in prompt, "prompts", "texts with {} where the class's name goes", repr(prompt))
         _require(
             all(0 <= p < math.inf for p in self.penalties), "penalties", "zero or more, and finite", self.penalties
         )
@@ -356,9 +369,12 @@ class FinetuneConfig:
     overwrite: Flag = False
     """Replace what stands under --out."""
     init: str = "probe"
-    """Where the head starts: probe (solved on the training embeddings first), zeros, or a `fit-linear` run."""
+    """Where the head starts: probe (solved on the training embeddings first), text (the classes' names, by the
+    backbone's own text tower), zeros, or a `fit-linear` run."""
+    prompts: tuple[str, ...] = ("a photo of {}", "a picture of {}", "{}")
+    """With --init text: texts with {} where a class's name goes; a class is what they say on average."""
     cache: IfGiven[Path] = None
-    """Cache made by `probe embed`, to take embeddings from for --init probe."""
+    """Cache made by `probe embed`, to take embeddings from for --init probe and text."""
     wise: str = "best"
     """How far from the start to the end the weights are kept: best on validation, a share of 0 to 1, or off (1)."""
     keep: Literal["best", "finetuned"] = "best"
@@ -492,11 +508,19 @@ class FinetuneConfig:
             _require(self.patience >= 1, "patience", "at least 1", self.patience)
         if self.image_size is not None:
             _require(self.image_size >= 1, "image-size", "at least 1", self.image_size)
+        if self.init == "text":
+            for prompt in self.prompts:
+                _require("{}" in prompt, "prompts", "texts with {} where the class's name goes", repr(prompt))
         if _is_share(self.wise):
             knows_something = self.init != "zeros"  # else there is nothing to gain between start and end
             _require(knows_something, "wise", "best or off with --init zeros", self.wise)
         if self.cache is not None:
-            _require(self.init == "probe", "cache", f"left out with --init {self.init}, which reads none", self.cache)
+            _require(
+                self.init in ("probe", "text"),
+                "cache",
+                f"left out with --init {self.init}, which reads none",
+                self.cache,
+            )
         if self.resume:
             _require(self.checkpoint_every > 0, "checkpoint-every", "above 0 with --resume", self.checkpoint_every)
         if self.views is not None:
@@ -505,6 +529,39 @@ class FinetuneConfig:
         _require(self.checkpoint_every >= 0, "checkpoint-every", "0 or more", self.checkpoint_every)
         _require(0 <= self.warmup_fraction < 1, "warmup-fraction", "at least 0 and below 1", self.warmup_fraction)
         _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ZeroShotConfig:
+    """Classify images by the names of their classes alone, with CLIP's text tower."""
+
+    images: Annotated[Positional[Path], arg(metavar="IMAGES")]
+    """Labelled images, as `embed` takes them; the names of their classes are what is looked for."""
+    backbone: str
+    """A whole CLIP with its tokenizer: hub id, optionally @revision, a local folder in Hugging Face layout, or
+    probe-tiny."""
+    prompts: tuple[str, ...] = ("a photo of {}", "a picture of {}", "{}")
+    """Texts with {} where a class's name goes; a class is what they say on average."""
+    out: IfGiven[Path] = None
+    """Run folder to write, for `predict` and `compare` (if not given: the figures are printed and nothing is saved)."""
+    overwrite: Flag = False
+    """Replace what stands under --out."""
+    batch_size: int = 32
+    """Images per step."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """What an unreadable image does: be left out and reported, or end the run."""
+    num_workers: IfGiven[int] = None
+    """Processes that decode images (if not given: one per core)."""
+    json: Flag = False
+    """Print metrics.json to stdout."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.prompts) > 0, "prompts", "one text or more", self.prompts)
+        for prompt in self.prompts:
+            _require("{}" in prompt, "prompts", "texts with {} where the class's name goes", repr(prompt))
+        _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
         if self.num_workers is not None:
             _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
 
@@ -619,3 +676,13 @@ class AuditConfig:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", "zero or more", self.seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Show the whole program at work on sample images, without a download, in a minute or two."""
+
+    out: Path = Path("probe-demo")
+    """New folder to work in."""
+    json: Flag = False
+    """Print the table at the end to stdout as JSON; what the steps say goes there before it."""

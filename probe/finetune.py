@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from probe import bundle, provenance
-from probe.backbones import Backbone, load_backbone
+from probe.backbones import Backbone, load_backbone, load_text_encoder
 from probe.backbones.resize import resize_backbone
 from probe.cache import Cache
 from probe.config import FinetuneConfig, to_json
@@ -26,6 +26,7 @@ from probe.errors import ConfigError, InputError, MismatchError
 from probe.evaluation import predictions
 from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import TrainedHead
+from probe.probing.prompts import class_directions, zero_shot_head
 from probe.reporting.page import report_saved_run
 from probe.sources import Columns, check_labels, display_name, open_source
 from probe.sources.origin import describe_origin
@@ -37,7 +38,7 @@ from probe.training.events import import_tensorboardx
 from probe.training.full import backbone_variables, classifier_variables
 from probe.training.prefix import blocks_to_cache
 from probe.training.rates import RateOptions, make_rules
-from probe.training.start import VIEW, embed_rows, solve_head, zero_head
+from probe.training.start import VIEW, embed_rows, solve_head, text_head, zero_head
 from probe.training.tuning import Tuning, options_of, require_no_checkpoints
 
 _FAILURES_SHOWN = 20
@@ -69,6 +70,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     check_labels(source)
     loaded = load_backbone(config.backbone)
     given, seen_by_start = _given_head(config, source.class_names, loaded)
+    zero_shot = _zero_shot(config, source.class_names, loaded)
     backbone = loaded if config.image_size is None else resize_backbone(loaded, config.image_size)
     # before the images are read: a clash should cost no time
     rules = _rules(config, backbone, given)
@@ -82,7 +84,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         val_fraction=config.val_fraction,
         seed=config.seed,
     )
-    start, facts = (given, None) if given is not None else _probe(config, backbone, images, rows)
+    start, facts = (given, None) if given is not None else _start(config, backbone, zero_shot, images, rows)
     tuning = Tuning(config, backbone, start, rules, images, rows, num_cached_blocks=num_cached_blocks)
     result = tuning.fit()
 
@@ -218,7 +220,7 @@ def _given_head(
 ) -> tuple[TrainedHead | None, frozenset[bytes]]:
     """The head to start from, or None where it is still to be solved; and the content keys of the images that it was
     fitted or chosen on."""
-    if config.init == "probe":
+    if config.init in ("probe", "text"):
         return None, frozenset()
     if config.init == "zeros":
         return zero_head(backbone.width, len(class_names)), frozenset()
@@ -246,10 +248,20 @@ def _given_head(
     return run.head, run.seen
 
 
-def _probe(
-    config: FinetuneConfig, backbone: Backbone, images: ImageRows, rows: Splits
-) -> tuple[TrainedHead, dict[str, Any]]:
+def _zero_shot(config: FinetuneConfig, class_names: tuple[str, ...], loaded: Backbone) -> TrainedHead | None:
+    if config.init != "text":
+        return None
+    encoder = load_text_encoder(loaded.name, revision=loaded.revision)
+    return zero_shot_head(class_directions(encoder, class_names, config.prompts), encoder.logit_scale)
+
+
+def _start(
+    config: FinetuneConfig, backbone: Backbone, zero_shot: TrainedHead | None, images: ImageRows, rows: Splits
+) -> tuple[TrainedHead, dict[str, Any] | None]:
+    """The head of the texts, or the probe of the training rows with the facts about it."""
     embeddings = embed_rows(backbone, images, rows.train, batch_size=config.batch_size, cache=config.cache)
+    if zero_shot is not None:
+        return text_head(backbone, zero_shot, embeddings), None
     labels, groups = images.labels[rows.train], images.groups[rows.train]
     return solve_head(embeddings, labels, groups, len(images.source.class_names), seed=config.seed)
 

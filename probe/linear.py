@@ -5,6 +5,7 @@ A linear head is then fitted again on all that may be used, so that nothing but 
 what stands under "val" is the figure of other heads, on rows that neither fitted nor chose them.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probe import bundle, provenance
+from probe.backbones import load_text_encoder
 from probe.cache import Cache
 from probe.config import FitLinearConfig, to_json
 from probe.errors import ConfigError, InputError
@@ -26,6 +28,7 @@ from probe.probing.features import Features, Stream, pieces
 from probe.probing.fewer import few_shot, learning_curve
 from probe.probing.knn import fit_knn
 from probe.probing.mlp import fit_mlp
+from probe.probing.prompts import class_directions, zero_shot_head
 from probe.probing.protocol import Data, Fitted, Report, silent
 from probe.probing.reference import default_decisions
 from probe.probing.ridge import fit_ridge
@@ -62,6 +65,8 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
         check_finite(values, table.names)
     data, more = make_data(config, embeddings, table.labels, table.splits, table.groups, cache.class_names)
     notes += more + _leaks(table.keys, data.splits)
+    if config.prior == "text":
+        data = dataclasses.replace(data, text_weights=_text_weights(config, reference, data))
     with Stages(quiet=config.quiet) as report:
         fitted, metrics = fit_data(config, data, notes, report)
     answers = predictions.collect(
@@ -92,6 +97,17 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     if not config.no_report:
         report_saved_run(config.out)
     return metrics
+
+
+def _text_weights(config: FitLinearConfig, reference: bundle.BackboneReference, data: Data) -> np.ndarray:
+    """[P, M] of the zero-shot head. Raises: ConfigError for several labels a row; MismatchError if the backbone is not
+    the cache's any more; what `load_text_encoder` raises."""
+    if data.multi_label:
+        raise ConfigError("--prior text tells classes apart, and these rows have several labels")
+    backbone = reference.load()
+    encoder = load_text_encoder(backbone.name, revision=backbone.revision)
+    directions = class_directions(encoder, data.class_names, config.prompts)
+    return np.asarray(zero_shot_head(directions, encoder.logit_scale).params["kernel"], np.float64)
 
 
 def open_embeddings(config: FitLinearConfig, cache: Cache) -> tuple[dict[str, Features], list[str]]:

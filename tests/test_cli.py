@@ -47,7 +47,9 @@ def test_help_loads_no_jax_and_answers_at_once() -> None:
     assert min(seconds) < 0.5  # of a processor, which it alone keeps busy: what other work takes does not count
 
 
-@pytest.mark.parametrize("verb", ["embed", "fit-linear", "finetune", "predict", "compare", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["embed", "fit-linear", "finetune", "zero-shot", "predict", "compare", "doctor", "demo"]
+)
 def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, verb, "--help")
     assert code == 0

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "probe"
 VERBS = {
     f"probe.{verb}"
     for verb in (
-        "audit", "cache_tools", "cli", "compare", "doctor", "embed", "exchange", "finetune", "linear", "predict",
-        "report",
+        "audit", "cache_tools", "cli", "compare", "demo", "doctor", "embed", "exchange", "finetune", "linear",
+        "predict", "report", "zero_shot",
     )
 }  # fmt: skip
 ONLY_IMPORTERS = {

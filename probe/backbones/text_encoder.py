@@ -57,6 +57,8 @@ class TextEncoder:
         Raises: InputError if the checkpoint has no tokenizer that can be read, or it is another model's.
         """
         length = self.config.max_position_embeddings
+        if not texts:
+            return np.zeros((0, length), np.int32)
         tokens = self._tokenizer(list(texts), padding="max_length", truncation=True, max_length=length)["input_ids"]
         tokens = np.asarray(tokens, np.int32)
         if tokens.size and tokens.max() >= self.config.vocab_size:

@@ -22,12 +22,14 @@ from probe.probing.scaling import Kind, Scaling
 from probe.probing.solver import FoldPath, Problem, Solution
 
 _AT_ONCE = 1024  # rows whose logits, of all candidates, are made at once
+_STRENGTHS = (0.0, 0.25, 0.5, 1.0)  # of the prior, 0 the plain probe
 _VAL = -2  # the fold that a given validation split is; training rows are in folds from 0, or in -1
 
 
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """The path of λ for one view and one scaling.
+    """The path of λ for one view, one scaling and one strength of the prior: weights are pulled to the zero-shot
+    head's, times that.
 
     rows: of train, or of train and a given validation split. curve: what folds, or the rows of that split, say of each
     λ; val_scores: of each λ on each row of that split, if given.
@@ -35,6 +37,7 @@ class _Search:
 
     view: str
     kind: Kind
+    strength: float
     rows: np.ndarray
     scaling: Scaling
     features: Features
@@ -48,7 +51,9 @@ class _Search:
 
 def fit_convex(config: FitLinearConfig, data: Data, report: Report = silent) -> Fitted:
     """Chooses, fits and calibrates. Raises: NumericalError where λ is 0 and the classes can be separated."""
-    searches = [_search(config, data, view, kind, report) for view in config.views for kind in config.scalings]
+    strengths = (0.0,) if data.text_weights is None else _STRENGTHS
+    candidates = itertools.product(config.views, config.scalings, strengths)
+    searches = [_search(config, data, *candidate, report) for candidate in candidates]
     which, best = _choose(config, data, [search.curve for search in searches])
     chosen = searches[which]
     out_of_fold = _out_of_fold(config, data, chosen, best, report)
@@ -73,6 +78,7 @@ def fit_convex(config: FitLinearConfig, data: Data, report: Report = silent) -> 
             "fitted_on": "train" if config.no_refit or not given else "train + val",
             "view": chosen.view,
             "scaling": chosen.kind,
+            **_strength(data, chosen),
             "penalty": solution.penalty,
             "C": _to_c(solution.penalty, row_weights(config, data, _final_rows(config, data)).sum()),
             "solver": config.solver,
@@ -81,14 +87,20 @@ def fit_convex(config: FitLinearConfig, data: Data, report: Report = silent) -> 
             "chosen_by": _criterion(config, data) + (", one standard error" if config.one_standard_error else ""),
             "folds": None if given else len(chosen.left_out),
             "curves": [
-                {"view": s.view, "scaling": s.kind, "points": s.curve.lines({"penalty": s.penalties})} for s in searches
+                {
+                    "view": s.view,
+                    "scaling": s.kind,
+                    **_strength(data, s),
+                    "points": s.curve.lines({"penalty": s.penalties}),
+                }
+                for s in searches
             ],
         },
         warnings=_warnings(chosen, best, solution),
     )
 
 
-def _search(config: FitLinearConfig, data: Data, view: str, kind: Kind, report: Report) -> _Search:
+def _search(config: FitLinearConfig, data: Data, view: str, kind: Kind, strength: float, report: Report) -> _Search:
     given = data.splits.val_is_given
     rows = np.concatenate([data.splits.train, data.splits.val]) if given else data.splits.train
     embeddings = data.embeddings[view]
@@ -103,11 +115,12 @@ def _search(config: FitLinearConfig, data: Data, view: str, kind: Kind, report: 
         weights=row_weights(config, data, rows),
         folds=folds,
         standardise_folds=kind == "standard",
+        prior=_prior(data, strength),
     )
-    several = len(config.views) * len(config.scalings) > 1
+    several = len(config.views) * len(config.scalings) > 1 or data.text_weights is not None
 
     def watch(num_done: int, num_fits: int, _passes: int) -> None:
-        report("choosing λ" + (f", {view} {kind}" if several else ""), num_done, num_fits, "fits")
+        report("choosing λ" + (f", {view} {kind}{_of(strength)}" if several else ""), num_done, num_fits, "fits")
 
     penalties = _penalties(config, problem)
     path = problem.path(penalties.tolist(), left_out, watch=watch)
@@ -122,7 +135,25 @@ def _search(config: FitLinearConfig, data: Data, view: str, kind: Kind, report: 
         (penalties, path), (others, rest) = parts if best == 0 else parts[::-1]
         penalties, path = np.concatenate([penalties, others]), path.then(rest)
         curve, scores = _judge(data, features, path)
-    return _Search(view, kind, rows, scaling, features, problem, penalties, left_out, path, curve, scores)
+    return _Search(view, kind, strength, rows, scaling, features, problem, penalties, left_out, path, curve, scores)
+
+
+def _prior(data: Data, strength: float) -> np.ndarray | None:
+    """[D, M] that the penalty pulls to, or None for 0. A constant of all classes is no part of it: it changes no
+    answer."""
+    if data.text_weights is None or strength == 0:
+        return None
+    weights = data.text_weights
+    return strength * (weights - weights.mean(axis=1, keepdims=True) if weights.shape[1] > 1 else weights)
+
+
+def _of(strength: float) -> str:
+    return f", text × {strength:g}" if strength else ""
+
+
+def _strength(data: Data, search: _Search) -> dict[str, float]:
+    """For metrics.json, where a prior was asked for."""
+    return {} if data.text_weights is None else {"prior_strength": search.strength}
 
 
 def _penalties(config: FitLinearConfig, problem: Problem) -> np.ndarray:
@@ -235,6 +266,7 @@ def _out_of_fold(config: FitLinearConfig, data: Data, chosen: _Search, best: int
             weights=weights,
             folds=folds,
             standardise_folds=chosen.kind == "standard",
+            prior=_prior(data, chosen.strength),
         )
         penalty = chosen.penalties[best] * row_weights(config, data, chosen.rows).sum() / weights.sum()
 
@@ -260,7 +292,8 @@ def _final(config: FitLinearConfig, data: Data, chosen: _Search, best: int, repo
     if len(rows) != len(chosen.rows):  # train alone, where the path was fitted beside validation
         scaling = Scaling.of(data.embeddings[chosen.view][rows], chosen.kind)
         features = scaling.apply(data.embeddings[chosen.view][rows])
-        problem = Problem(features, data.labels[rows], data.num_classes, weights=weights)
+        prior = _prior(data, chosen.strength)
+        problem = Problem(features, data.labels[rows], data.num_classes, weights=weights, prior=prior)
     if config.solver == "sklearn":
         assert isinstance(features, np.ndarray), "fit_linear streams only for our own solver"
         return solve_with_sklearn(problem, features, data.labels[rows], penalty, weights=weights), scaling

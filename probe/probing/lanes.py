@@ -80,12 +80,17 @@ def _per_lane(values: jax.Array) -> jax.Array:
 
 
 def _penalised(weights: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Gradient of the penalty: λ·W with zero for the bias."""
+    """What the penalty adds to the change of the gradient over a step: λ times it, with zero for the bias."""
     return jnp.asarray((weights * _per_lane(penalty)).at[:, -1].set(0))
 
 
-def _objective(weights: jax.Array, loss: jax.Array, penalty: jax.Array) -> jax.Array:
-    return jnp.asarray(loss + penalty / 2 * jnp.sum(weights[:, :-1] ** 2, axis=(1, 2)))
+def _pull(weights: jax.Array, lanes: Lanes, penalty: jax.Array) -> jax.Array:
+    """Gradient of the penalty: λ·(W - prior) with zero for the bias."""
+    return _penalised(weights - lanes.prior, penalty)
+
+
+def _objective(weights: jax.Array, loss: jax.Array, lanes: Lanes, penalty: jax.Array) -> jax.Array:
+    return jnp.asarray(loss + penalty / 2 * jnp.sum((weights - lanes.prior)[:, :-1] ** 2, axis=(1, 2)))
 
 
 def _penalty(lanes: Lanes, index: jax.Array) -> jax.Array:
@@ -131,7 +136,7 @@ def _direction(state: State, lanes: Lanes) -> jax.Array:
         factor = inverse * _dot(change, vector)
         return vector + _per_lane(factors[_MEMORY - 1 - i] * (inverse > 0) - factor) * step
 
-    grad = state.sums.grad + _penalised(state.weights, penalty)
+    grad = state.sums.grad + _pull(state.weights, lanes, penalty)
     factors = jnp.zeros((_MEMORY, len(penalty)), grad.dtype)
     vector, factors = jax.lax.fori_loop(0, _MEMORY, newest_first, (grad, factors))
     _, change, inverse = pair(jnp.int32(0))
@@ -186,10 +191,10 @@ def _advance(
     """What follows from the sums at the trial: lanes accept it or shorten their step, and go on where converged."""
     penalty = _penalty(lanes, state.index)
     trial, first = _trial_weights(state), state.num_iterations < 0
-    before = _objective(state.weights, state.sums.loss, penalty)
-    after = _objective(trial, sums.loss, penalty)
-    slope_before = _dot(state.sums.grad + _penalised(state.weights, penalty), state.direction)
-    slope_after = _dot(sums.grad + _penalised(trial, penalty), state.direction)
+    before = _objective(state.weights, state.sums.loss, lanes, penalty)
+    after = _objective(trial, sums.loss, lanes, penalty)
+    slope_before = _dot(state.sums.grad + _pull(state.weights, lanes, penalty), state.direction)
+    slope_after = _dot(sums.grad + _pull(trial, lanes, penalty), state.direction)
     # Near the optimum the objective's fall drowns in rounding, while slopes are still exact (Hager & Zhang 2005).
     rounding = 8 * float(np.finfo(trial.dtype).eps) * jnp.abs(before)
     flat = (after <= before + rounding) & (jnp.abs(slope_after) <= 0.9 * jnp.abs(slope_before))
@@ -234,8 +239,8 @@ def _record(
     num_penalties = lanes.penalties.shape[0]
     moving = state.index < num_penalties
     direction = jnp.where(_per_lane(stale), _direction(state, lanes), state.direction) * _per_lane(moving)
-    grad = state.sums.grad + _penalised(state.weights, penalty)
-    objective = _objective(state.weights, state.sums.loss, penalty)
+    grad = state.sums.grad + _pull(state.weights, lanes, penalty)
+    objective = _objective(state.weights, state.sums.loss, lanes, penalty)
     gap = -_dot(grad, direction) / 2
     norm = jnp.sqrt(_dot(grad, grad))
     accepted = state.num_halvings == 0

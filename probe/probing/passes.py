@@ -63,7 +63,8 @@ class Lanes:
 
     fold: [K] the fold that is left out (-1: none). label: [K] the column of `Rows.labels` (sigmoids).
     total: [K] sum of the weights of the rows that train the lane. ratio: [K, D] what features must be multiplied
-    with to be scaled by the lane's own rows. penalties: [L, K] values of λ, falling.
+    with to be scaled by the lane's own rows. penalties: [L, K] values of λ, falling. prior: weights that the penalty
+    pulls to, [1, D + 1, M], its bias row 0, or [1, 1, 1] of 0.
     eigenvalues [D], eigenvectors [D, D]: of the second moment of the features.
     """
 
@@ -72,6 +73,7 @@ class Lanes:
     total: Any
     ratio: Any
     penalties: Any
+    prior: Any
     eigenvalues: Any
     eigenvectors: Any
 

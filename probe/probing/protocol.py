@@ -22,13 +22,15 @@ def silent(what: str, num_done: int, num: int | None, unit: str) -> None:
 @dataclasses.dataclass(frozen=True)
 class Data:
     """embeddings: view name to [N, D] float32, in memory or streamed; labels: [N] integers or [N, C] bool; folds: [N]
-    which fold leaves a training row out, -1 for one that is never left out; class_names: of the C classes."""
+    which fold leaves a training row out, -1 for one that is never left out; class_names: of the C classes;
+    text_weights: [P, M], the zero-shot head's on rows of norm 1 of the projected view, where --prior text asks."""
 
     embeddings: Mapping[str, Features]
     labels: np.ndarray
     splits: Splits
     folds: np.ndarray
     class_names: tuple[str, ...]
+    text_weights: np.ndarray | None = None
 
     def in_memory(self, view: str) -> np.ndarray:
         """The embeddings of a view, for what cannot stream them."""

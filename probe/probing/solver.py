@@ -5,8 +5,9 @@ Minimises over weights W [D, M] and biases b [M]
     Σ_i r_i·CE(x_i W + b, y_i) / Σ_i r_i + (λ/2)·‖W‖²,        λ = 1 / (C·Σ r_i) in scikit-learn's terms,
 
 where r_i is the weight of row i and CE the cross-entropy of a softmax over M classes or, for M = 1, of one sigmoid.
-Biases are free of the penalty. Softmax biases are known only up to a constant; theirs sum to zero here, so that the
-optimum is unique and can be compared. How it is done: `probe.probing.lanes`.
+Biases are free of the penalty, and a `prior` makes it (λ/2)·‖W - prior‖². Softmax biases are known only up to a
+constant; theirs sum to zero here, so that the optimum is unique and can be compared. How it is done:
+`probe.probing.lanes`.
 
 Paths run in float32, which is enough to rank λ. The final fit runs in float64, since near the optimum the objective
 changes by less than float32 can tell. Features are stored once, in float32, or streamed (`probe.probing.passes`).
@@ -104,6 +105,7 @@ class Problem:
         weights: np.ndarray | None = None,
         folds: np.ndarray | None = None,
         standardise_folds: bool = False,
+        prior: np.ndarray | None = None,
     ) -> None:
         """Args:
         features: [N, D], centred, stored in float32, or a stream of them. labels: [N] integers, or [N, C] bool: several
@@ -112,11 +114,15 @@ class Problem:
         folds: [N] integers; a row is judged by the lane that leaves its fold out and trains all others (default: 0).
         standardise_folds: each lane divides the features by the deviations of its own rows, and its penalty is on
           the weights of what that gives; heads that go in and come out act on the features as they are.
+        prior: [D, M], weights that the penalty pulls to in place of 0, whose columns sum to 0 if there are several;
+          neither with several labels a row nor with standardise_folds.
         """
+        assert prior is None or not (labels.ndim == 2 or standardise_folds)
         num_rows, self._width = features.shape
         self._weights = np.ones(num_rows) if weights is None else weights
         self._folds = np.zeros(num_rows, np.int32) if folds is None else folds
         self._features, self._standardise_folds = features, standardise_folds
+        self._prior = np.zeros((1, 1, 1)) if prior is None else np.pad(prior, ((0, 1), (0, 0)))[None]
         self._multi_label = labels.ndim == 2
         self._num_outputs = 1 if self._multi_label else num_logits(num_classes)
         self._num_labels = num_classes if self._multi_label else 1
@@ -334,6 +340,7 @@ class Problem:
             total=jnp.asarray(repeat(totals), dtype),
             ratio=jnp.asarray(repeat(ratio, axis=0), dtype),
             penalties=jnp.asarray(repeat(penalties, axis=1), dtype),
+            prior=jnp.asarray(self._prior, dtype),
             eigenvalues=jnp.asarray(np.maximum(self._eigenvalues, 0), dtype),
             eigenvectors=jnp.asarray(self._eigenvectors, dtype),
         )

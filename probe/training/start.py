@@ -33,6 +33,18 @@ def zero_head(width: int, num_classes: int) -> TrainedHead:
     return TrainedHead(hidden=(), params={"kernel": kernel, "bias": bias})
 
 
+def text_head(backbone: Backbone, zero_shot: TrainedHead, embeddings: np.ndarray) -> TrainedHead:
+    """A linear head on the embeddings that decides as the zero-shot head does on the projected view.
+
+    That head divides an image's projection by its norm, which no linear head can; this one divides by the mean norm of
+    the given embeddings, [N, D]. It changes no decision.
+    """
+    projection = np.asarray(backbone.variables["params"]["visual_projection"]["kernel"], np.float64)
+    norm = float(np.linalg.norm(embeddings @ projection, axis=1).mean())
+    kernel = projection @ zero_shot.params["kernel"] / norm
+    return TrainedHead(hidden=(), params={"kernel": kernel.astype(np.float32), "bias": zero_shot.params["bias"]})
+
+
 def solve_head(
     embeddings: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_classes: int, *, seed: int
 ) -> tuple[TrainedHead, dict[str, Any]]:
