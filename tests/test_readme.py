@@ -19,7 +19,7 @@ BIN = Path(sys.executable).parent
 def block_under(heading: str, language: str) -> str:
     """The first code block in `language` below the heading that starts with these words."""
     section = README.split(f"\n## {heading}", 1)[1].split("\n## ", 1)[0]
-    return re.search(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE).group(1)
+    return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL).group(1)
 
 
 def run_here(commands: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
@@ -41,7 +41,7 @@ def test_the_first_command_gives_the_table_that_is_shown(tmp_path: Path) -> None
     done = run_here(f".venv/bin/probe {rest}", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n$ probe ") == 5
-    shown = block_under("Try it", "").splitlines()
+    shown = re.search(r"^```\n(on the test split.*?)^```", README, re.DOTALL | re.MULTILINE).group(1).splitlines()
     got = done.stdout.splitlines()[-len(shown) :]
 
     def masked(line: str) -> str:
