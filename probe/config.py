@@ -53,7 +53,8 @@ class EmbedConfig:
     """Folders root/class/* or root/{train,val,test}/class/*; a .csv, .tsv, .jsonl or .parquet manifest; .tar shards
     in WebDataset layout; a .zip file; or what Hugging Face datasets saved."""
     backbone: str
-    """Hub id (openai/clip-vit-base-patch32, or with @revision) or a local folder in Hugging Face layout."""
+    """Hub id (openai/clip-vit-base-patch32, or with @revision), a local folder in Hugging Face layout, or probe-tiny,
+    the small CLIP that comes with this package."""
     out: Path
     """Cache folder to create or to continue."""
     precision: IfGiven[Literal["auto", "float32", "tf32", "bfloat16", "int8"]] = None

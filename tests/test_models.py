@@ -88,7 +88,7 @@ def test_transformers_gives_the_same_logits() -> None:
         theirs = model(input_ids=tokens["input_ids"], pixel_values=inputs["pixel_values"]).logits_per_image.numpy()
     backbone, encoder = load_backbone(folder), load_text_encoder(folder)
     images = np.asarray(make_embed_fn(backbone, ("projected",))(pixels)["projected"])
-    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    images = images / np.linalg.norm(images, axis=1, keepdims=True)
     assert relative_error(encoder.logit_scale * images @ encoder.encode(TEXTS).T, theirs) < TOLERANCE
 
 
