@@ -54,7 +54,8 @@ def normalize_pixels(images: jax.Array, preprocessing: Preprocessing) -> jax.Arr
 class Backbone:
     """A pretrained tower without its head.
 
-    name: hub id, absolute path of the folder or name of a bundled model, as it was loaded; it does not count in the fingerprint.
+    name: hub id, absolute path of the folder or name of a bundled model, as it was loaded; it does not count in the
+      fingerprint.
     revision: commit hash of a hub id, else None.
     config: what the tower is built from.
     variables: nested dicts of float32 arrays: {"params": …} and, for a ResNet, {"batch_stats": …}.
