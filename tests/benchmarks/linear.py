@@ -15,6 +15,7 @@ cache, else made: a power-law spectrum and a large common mean, as CLIP's featur
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -102,33 +103,43 @@ def fit_line_search(
     return np.asarray(params["kernel"]), np.asarray(params["bias"]), f"{int(count)} iterations"
 
 
+_ADAMW_BATCH, _ADAMW_EPOCHS = 64, 10
+
+
+def _adamw(num_steps: int, weight_decay: float) -> optax.GradientTransformation:
+    return optax.adamw(optax.cosine_decay_schedule(0.1, num_steps), weight_decay=weight_decay)
+
+
+@functools.partial(jax.jit, static_argnames=("num_steps", "weight_decay"))
+def _adamw_epoch(
+    carry: Any, features: jax.Array, labels: jax.Array, order: jax.Array, *, num_steps: int, weight_decay: float
+) -> Any:
+    tx = _adamw(num_steps, weight_decay)
+
+    def step(carry: Any, rows: jax.Array) -> Any:
+        params, state = carry
+
+        def loss(params: Any) -> jax.Array:
+            logits = features[rows] @ params["kernel"] + params["bias"]
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]))
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, carry, order)[0]
+
+
 def fit_adamw(features: np.ndarray, labels: np.ndarray, weight_decay: float = 1e-3) -> None:
     """CLIP benchmark's linear layer: AdamW, 10 epochs of batches of 64, rate 0.1 falling as a cosine."""
-    batch, epochs = 64, 10
-    steps = len(labels) // batch
-    tx = optax.adamw(optax.cosine_decay_schedule(0.1, steps * epochs), weight_decay=weight_decay)
-    num_classes = int(labels.max()) + 1
+    steps = len(labels) // _ADAMW_BATCH
+    num_steps, num_classes = steps * _ADAMW_EPOCHS, int(labels.max()) + 1
     params = {"kernel": jnp.zeros((features.shape[1], num_classes)), "bias": jnp.zeros(num_classes)}
-
-    @jax.jit
-    def epoch(carry: Any, order: jax.Array) -> Any:
-        def step(carry: Any, rows: jax.Array) -> Any:
-            params, state = carry
-
-            def loss(params: Any) -> jax.Array:
-                logits = data[rows] @ params["kernel"] + params["bias"]
-                return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets[rows]))
-
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, carry, order)[0]
-
     data, targets = jnp.asarray(features), jnp.asarray(labels)
-    carry = (params, tx.init(params))
+    carry = (params, _adamw(num_steps, weight_decay).init(params))
     rng = np.random.default_rng(0)
-    for _ in range(epochs):
-        carry = epoch(carry, jnp.asarray(rng.permutation(len(labels))[: steps * batch].reshape(steps, batch)))
+    for _ in range(_ADAMW_EPOCHS):
+        order = jnp.asarray(rng.permutation(len(labels))[: steps * _ADAMW_BATCH].reshape(steps, _ADAMW_BATCH))
+        carry = _adamw_epoch(carry, data, targets, order, num_steps=num_steps, weight_decay=weight_decay)
     jax.block_until_ready(carry)
 
 
