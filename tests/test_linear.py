@@ -73,8 +73,12 @@ def test_metrics_are_those_of_the_saved_head(num_classes, num_val):
 @pytest.mark.parametrize("solver", ["lbfgs", "sklearn"])
 def test_the_refitted_head_is_scikit_learns_at_the_same_c(num_val, solver):
     data, fitted, metrics = run(config(solver=solver), *arrays(3, num_val=num_val))
+    assert_is_scikit_learns(data, fitted, metrics, np.concatenate([data.splits.train, data.splits.val]))
+
+
+def assert_is_scikit_learns(data, fitted, metrics, rows):
+    """The saved head is that of LogisticRegression, fitted on these rows at the same C, up to its temperature."""
     embeddings = data.embeddings["pooler"]
-    rows = np.concatenate([data.splits.train, data.splits.val])
     features = Scaling.of(embeddings[rows], "standard").apply(embeddings)
     reference = LogisticRegression(C=metrics["C"], tol=1e-7, solver="newton-cholesky")
     reference.fit(features[rows], data.labels[rows])
@@ -327,6 +331,16 @@ def test_rare_classes_are_warned_of_and_keep_a_row_in_train():
     assert data.folds[5] == -1
     assert np.isnan(fitted.out_of_fold[5]).all()
     assert metrics["splits"]["val"]["n"] == 89
+    assert_is_scikit_learns(data, fitted, metrics, data.splits.train)
+
+
+def test_a_class_in_one_group_is_part_of_the_final_fit():
+    """It is never left out, and trains the head all the same."""
+    embeddings, labels, splits = arrays()
+    groups = np.where(labels == 2, "together", np.char.add("alone ", np.arange(120).astype(str)))
+    data, fitted, metrics = run(config(), embeddings, labels, splits, groups)
+    assert (data.folds[data.splits.train] == -1).sum() == 30
+    assert_is_scikit_learns(data, fitted, metrics, data.splits.train)
 
 
 def test_without_a_penalty_separable_classes_are_refused():

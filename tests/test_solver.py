@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from probe.errors import NumericalError
+from probe.probing.passes import NOTHING
 from probe.probing.reference import solve_with_sklearn
 from probe.probing.solver import Problem
 
@@ -128,6 +129,25 @@ def test_lanes_are_the_fits_without_their_fold(several):
             assert path.nll[i, fold] == pytest.approx(nll.mean(), rel=1e-2)
             assert path.accuracy[i, fold] == pytest.approx(right.mean())
             assert path.count[fold] == 30
+
+
+@pytest.mark.parametrize("standardise_folds", [False, True])
+def test_rows_that_are_never_left_out_train_every_lane(standardise_folds):
+    """Fold -1 is a row's; the lane that leaves nothing out has another sign."""
+    features, labels = problem(3)
+    features /= features.std(axis=0)
+    folds = np.where(labels == 2, -1, np.arange(60) % 2)
+    split = Problem(features, labels, 3, folds=folds, standardise_folds=standardise_folds)
+    with_folds, plain = split.fit(1e-2), Problem(features, labels, 3).fit(1e-2)
+    assert with_folds.objective == pytest.approx(plain.objective, rel=1e-9)
+    np.testing.assert_allclose(with_folds.kernel, plain.kernel, atol=1e-4)
+    alone = split.path([1e-2], [NOTHING])
+    assert alone.count.tolist() == [0]
+    np.testing.assert_allclose(alone.heads[0, 0, :-1], plain.kernel, atol=3e-2)
+    rows = folds != 0
+    without = Problem(features[rows] / (features[rows].std(axis=0) if standardise_folds else 1), labels[rows], 3)
+    own = without.fit(1e-2 * 60 / rows.sum()).kernel / (features[rows].std(axis=0)[:, None] if standardise_folds else 1)
+    np.testing.assert_allclose(split.path([1e-2], [0], tolerance=1e-7).heads[0, 0, :-1], own, atol=3e-3)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])

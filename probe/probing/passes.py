@@ -16,6 +16,8 @@ from flax import struct
 
 from probe.probing.features import Stream
 
+NOTHING = int(np.iinfo(np.int32).min)  # left out by a lane that trains on every row: no row's fold, unlike -1
+
 
 @struct.dataclass
 class Rows:
@@ -61,7 +63,7 @@ class StreamedRows:
 class Lanes:
     """K problems that run side by side.
 
-    fold: [K] the fold that is left out (-1: none). label: [K] the column of `Rows.labels` (sigmoids).
+    fold: [K] the fold that is left out, or NOTHING. label: [K] the column of `Rows.labels` (sigmoids).
     total: [K] sum of the weights of the rows that train the lane. ratio: [K, D] what features must be multiplied
     with to be scaled by the lane's own rows. penalties: [L, K] values of λ, falling. prior: weights that the penalty
     pulls to, [1, D + 1, M], its bias row 0, or [1, 1, 1] of 0.

@@ -26,7 +26,7 @@ from probe.errors import NumericalError
 from probe.heads import num_logits
 from probe.probing.features import Features, Stream, pieces
 from probe.probing.lanes import Path, Watch, gradient, walk
-from probe.probing.passes import Lanes, Rows, StreamedRows
+from probe.probing.passes import NOTHING, Lanes, Rows, StreamedRows
 
 _CHUNK = 2048  # rows whose logits for 500 columns (4 MB) stay in the cache: 172 GFLOP/s; 138 with 8,192
 _STREAMED = 512  # rows at a time where memory is short: with 1,024 features a pass in float64 takes some 30 MB
@@ -111,7 +111,8 @@ class Problem:
         features: [N, D], centred, stored in float32, or a stream of them. labels: [N] integers, or [N, C] bool: several
           labels a row.
         num_classes: C. weights: [N], 0 for a row that nothing trains on (default: 1).
-        folds: [N] integers; a row is judged by the lane that leaves its fold out and trains all others (default: 0).
+        folds: [N] integers; a row is judged by the lane that leaves its fold out and trains all others (default: 0);
+          rows of a fold that no lane leaves out, such as -1, train every lane.
         standardise_folds: each lane divides the features by the deviations of its own rows, and its penalty is on
           the weights of what that gives; heads that go in and come out act on the features as they are.
         prior: [D, M], weights that the penalty pulls to in place of 0, whose columns sum to 0 if there are several;
@@ -165,7 +166,7 @@ class Problem:
 
         Args:
           penalties: L values of λ for all rows, falling; a lane that trains on fewer rows holds C, not λ.
-          left_out: F folds; -1 leaves nothing out.
+          left_out: F folds, or NOTHING.
           start: [F, D + 1, M or C], heads to start from.
           tolerance: of the gap to the optimum, as a share of the objective. On three sets of 4,000 x 128 x 20, 1e-5
             picks of 20 λ the one that 1e-7 picks, by loss and by accuracy, and moves no held-out loss by more than
@@ -226,7 +227,7 @@ class Problem:
         num_iterations = 0
         if start is None:
             # float32 passes cost half, and bring the head to where only float64 can tell the difference
-            first = self.path([penalty], [-1], tolerance=1e-5, max_iterations=200)
+            first = self.path([penalty], [NOTHING], tolerance=1e-5, max_iterations=200)
             start, num_iterations = first.heads[0, 0], int(first.num_iterations.max())
         weights = self._as_lanes(start)
         if penalty == 0:
@@ -261,7 +262,7 @@ class Problem:
     ) -> tuple[Solution, np.ndarray]:
         """At most `max_iterations` further from `weights`, in float64, and the lanes' weights at the end."""
         with jax.enable_x64(True):  # for these calls: the rest of the program stays in float32
-            lanes = self._lanes(np.array([[penalty]]), np.array([-1]), np.ones((1, self._width)), np.float64)
+            lanes = self._lanes(np.array([[penalty]]), np.array([NOTHING]), np.ones((1, self._width)), np.float64)
             at_zero = np.asarray(gradient(self._rows, lanes, np.zeros(weights.shape)))
             initial = np.sqrt(np.sum(at_zero**2, axis=(1, 2)))
             target = gradient_tolerance * initial
