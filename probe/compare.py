@@ -190,10 +190,15 @@ def _verdict(name: str, low: float, high: float) -> str:
     return "B is better" if (high < 0) == (name in LOSSES) else "A is better"
 
 
+def _is_below(p_value: float | None) -> bool:
+    """None, what was not tested, is not; 0, which underflow makes of many answers that all went one way, is."""
+    return p_value is not None and p_value < _LEVEL
+
+
 def _describe_classes(per_class: dict[str, dict[str, Any]]) -> list[str]:
     """The classes that differ beyond chance, their number considered; the largest difference first."""
-    apart = [(name, facts) for name, facts in per_class.items() if (facts["p_value_holm"] or 1) < _LEVEL]
-    alone = sum((facts["p_value"] or 1) < _LEVEL for facts in per_class.values())
+    apart = [(name, facts) for name, facts in per_class.items() if _is_below(facts["p_value_holm"])]
+    alone = sum(_is_below(facts["p_value"]) for facts in per_class.values())
     if not apart:
         beside = f" ({alone:,} would, taken alone: too few of {len(per_class):,})" if alone else ""
         return [f"no class shows a difference in accuracy{beside}"]

@@ -150,6 +150,18 @@ def test_a_run_and_itself(tmp_path):
     assert "better" not in describe(result)
 
 
+def test_a_difference_beyond_every_doubt_is_shown(tmp_path):
+    """1,200 answers that all went one way: p is below the smallest double, and 0 is no missing p."""
+    labels = np.zeros(1200, np.int32)
+    a = dataclasses.replace(answers(1200), labels=labels, logits=np.tile(np.float32([0, 1, 0]), (1200, 1)))
+    b = dataclasses.replace(a, logits=np.tile(np.float32([1, 0, 0]), (1200, 1)))
+    result = compare_saved(tmp_path, a, b)
+    assert result["per_class"]["cat"]["p_value_holm"] == 0
+    text = describe(result)
+    assert "classes that show a difference in accuracy: 1 of 3" in text
+    assert "cat: 0.0000 to 1.0000" in text
+
+
 def test_sets_of_labels(tmp_path):
     a, b = answers(seed=1, multi_label=True), answers(seed=2, skill=2, multi_label=True)
     result = compare_saved(tmp_path, a, shuffled(b))
