@@ -226,7 +226,7 @@ def cap_memory(room):
 @pytest.mark.parametrize(
     ("program", "num_rows", "width", "share"),
     [
-        pytest.param(SOLVE, 2**17, 256, 0.3, id="solver"),
+        pytest.param(SOLVE, 2**17, 256, 0.5, id="solver"),
         # the bootstrap of 100,000 rows takes some 100 MB, whatever their width
         pytest.param(FIT_LINEAR, 100_000, 1024, 0.4, id="fit-linear", marks=pytest.mark.soak),
     ],
