@@ -39,6 +39,7 @@ from probe.splits import Splits, assign_folds, resolve_splits
 
 _ANSWERED = 2048  # rows whose logits are made at once
 _COPIES = 6  # times the embeddings that a fit takes at its peak, the baseline included (measured: 5.2)
+_ROUNDING = 1e-6  # of a float32 embedding, as a share of it
 _NAMED = 5  # how many of many rows a message names
 
 
@@ -200,7 +201,10 @@ def fit_data(
     """Chooses, fits and judges a head: all of `fit_linear` but the files. report: told how far the work is.
 
     Returns: the head, and what metrics.json holds.
+    Raises: InputError if a view has the same embedding for all training rows; what the fit of the head raises.
     """
+    for embeddings in data.embeddings.values():
+        check_varied(embeddings[data.splits.train])
     if config.head == "linear":
         fitted = fit_ridge(config, data) if config.solver == "ridge" else fit_convex(config, data, report)
     else:
@@ -293,6 +297,19 @@ def check_finite(embeddings: Features, names: Sequence[bytes]) -> None:
         )
 
 
+def check_varied(embeddings: Features) -> None:
+    """Raises InputError if all [N, D] embeddings are the same, up to float32's rounding."""
+    first = None
+    for _, part in pieces(embeddings):
+        first = part[0].copy() if first is None else first
+        if (np.abs(part - first) > _ROUNDING * np.abs(first)).any():
+            return
+    raise InputError(
+        f"all {len(embeddings)} training images have the same embedding, so nothing tells them apart. Look at the "
+        "images, which may be copies of one, and at the backbone's weights."
+    )
+
+
 def _seen(keys: np.ndarray, splits: Splits) -> frozenset[bytes]:
     """The content keys of the rows that fit or choose, out of those of all rows, [N, 32] uint8."""
     return frozenset(map(bytes, keys[np.concatenate([splits.train, splits.val])]))
@@ -328,7 +345,8 @@ def _baseline(data: Data, view: str) -> dict[str, Any]:
     """What scikit-learn gives as it comes: standardised features, C = 1, nothing chosen; {} where it cannot.
 
     Fitted on train and validation and judged on test; without a test split, fitted on train and judged on a given
-    validation split; with neither, fitted on all folds but the first and judged on that.
+    validation split; with neither, fitted on all folds but the first that can be left out, and judged on
+    that.
     """
     embeddings, splits = data.embeddings[view], data.splits
     if data.multi_label or isinstance(embeddings, Stream):
@@ -337,7 +355,8 @@ def _baseline(data: Data, view: str) -> dict[str, Any]:
     if not len(judged):
         fitted_on, judged, name = splits.train, splits.val, "val"
     if not len(judged):
-        first = data.folds[splits.train] == 0
+        folds = data.folds[splits.train]
+        first = folds == folds[folds >= 0].min()
         fitted_on, judged = splits.train[~first], splits.train[first]
     scaling = Scaling.of(embeddings[fitted_on], "standard")
     decisions = default_decisions(

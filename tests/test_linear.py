@@ -343,6 +343,46 @@ def test_a_class_in_one_group_is_part_of_the_final_fit():
     assert_is_scikit_learns(data, fitted, metrics, data.splits.train)
 
 
+def test_one_fold_alone_has_no_figure():
+    """Which λ is best was chosen by the very rows that would be judged."""
+    embeddings, labels, splits = arrays(2)
+    groups = np.where((labels == 1) | (np.arange(120) % 4 == 0), "both classes", "one class")
+    for options in ({}, {"one_standard_error": True}, {"criterion": "nll"}):
+        data, fitted, metrics = run(config(penalties=SHORT, **options), embeddings, labels, splits, groups)
+        assert len(set(data.folds[data.splits.train].tolist()) - {-1}) == 1
+        assert fitted.val_logits is None
+        assert "val" not in metrics["splits"]
+        assert any("one fold alone" in warning for warning in metrics["warnings"])
+        assert np.isfinite(fitted.out_of_fold).any()
+        assert describe(metrics)
+    _, _, metrics = run(config(penalties=SHORT), embeddings, labels, np.where(splits == "test", "", splits), groups)
+    assert metrics["baseline"]["n"] == (groups == "one class").sum()
+
+
+def test_one_row_a_class_beside_a_validation_split():
+    embeddings, labels, splits = arrays()
+    splits[:87] = "val"
+    for options in ({}, {"class_weights": ("bee=2",)}, {"scalings": ("none", "l2")}):
+        data, fitted, metrics = run(config(penalties=SHORT, **options), embeddings, labels, splits)
+        assert len(data.splits.train) == 3
+        assert np.isnan(fitted.out_of_fold).all()
+        assert metrics["temperature"] == 1
+        assert any("no temperature" in warning for warning in metrics["warnings"])
+        assert metrics["splits"]["val"]["n"] == 87
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scalings": ("l2",)}, {"solver": "ridge"}, {"head": "knn"}, {"head": "mlp", "hidden": (4,), "epochs": 1}],
+    ids=["linear", "l2", "ridge", "knn", "mlp"],
+)
+def test_embeddings_that_are_all_the_same_are_refused(options):
+    embeddings, labels, splits = arrays()
+    embeddings[splits == "train"] = embeddings[0] * (1 + 5e-9 * np.arange(90)[:, None])
+    with pytest.raises(InputError, match=r"all \d\d training images have the same embedding"):
+        run(config(**options), embeddings, labels, splits)
+
+
 def test_without_a_penalty_separable_classes_are_refused():
     embeddings, labels, splits = arrays()
     embeddings[:, 0] += 100 * labels

@@ -96,7 +96,7 @@ def fit_convex(config: FitLinearConfig, data: Data, report: Report = silent) -> 
                 for s in searches
             ],
         },
-        warnings=_warnings(chosen, best, solution),
+        warnings=(*_unjudged(chosen, judged), *_warnings(chosen, best, solution)),
     )
 
 
@@ -214,8 +214,11 @@ def _logits_by_fold(data: Data, features: Features, folds: np.ndarray, heads: Ma
     return logits
 
 
-def _judged_by_folds(config: FitLinearConfig, data: Data, searches: list[_Search]) -> np.ndarray:
-    """[N train, C]: each fold by the head of the other folds, at the candidate that the other folds chose."""
+def _judged_by_folds(config: FitLinearConfig, data: Data, searches: list[_Search]) -> np.ndarray | None:
+    """[N train, C]: each fold by the head of the other folds, at the candidate that the other folds chose; None where
+    there is no other fold that could choose: then no honest figure exists."""
+    if len(searches[0].left_out) < 2:
+        return None
     curves, folds = [search.curve for search in searches], data.folds[data.splits.train]
     heads: dict[int, dict[int, np.ndarray]] = {}
     for part, fold in enumerate(searches[0].left_out):
@@ -252,12 +255,15 @@ def _judged_by_halves(config: FitLinearConfig, data: Data, searches: list[_Searc
 
 
 def _out_of_fold(config: FitLinearConfig, data: Data, chosen: _Search, best: int, report: Report) -> np.ndarray:
-    """[N train, C] at the λ chosen. With a given validation split, the folds are fitted now, from train's head."""
+    """[N train, C] at the λ chosen. With a given validation split, the folds are fitted now, from train's head; where
+    none can be left out, all are NaN."""
     train = data.splits.train
     folds, features, heads = data.folds[train], chosen.features[: len(train)], chosen.path.heads[best]
     left_out = chosen.left_out
     if data.splits.val_is_given:
         left_out = sorted(set(folds.tolist()) - {-1})
+        if not left_out:
+            return np.full((len(train), data.num_classes), np.nan, np.float32)
         weights = row_weights(config, data, train)
         problem = Problem(
             features,
@@ -311,6 +317,21 @@ def _temperature(out_of_fold: np.ndarray, labels: np.ndarray) -> float:
 
 def _to_c(penalty: float, total: float) -> float | None:
     return 1 / (penalty * total) if penalty > 0 else None
+
+
+def _unjudged(chosen: _Search, judged: np.ndarray) -> tuple[str, ...]:
+    """What is missing where too few rows can be left out. judged: [N train] bool, whether a row was."""
+    if not judged.any():
+        return (
+            "no training row can be left out: there are no out-of-fold answers and no temperature fitted on them, "
+            "so that probabilities are as they were fitted. Add training examples.",
+        )
+    if chosen.left_out == [_VAL] or len(chosen.left_out) > 1:
+        return ()
+    return (
+        "one fold alone can be left out, and it chose λ: there is no validation figure. Add examples or groups, or a "
+        "val split.",
+    )
 
 
 def _warnings(chosen: _Search, best: int, solution: Solution) -> tuple[str, ...]:
