@@ -329,13 +329,14 @@ def _leaks(keys: np.ndarray, splits: Splits) -> list[str]:
 
 def _answers(data: Data, fitted: Fitted) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Split to rows and what heads say of them that were not fitted on them: train out of fold, given validation
-    rows, and test."""
-    answers = {}
+    rows, and test; all divided by the saved temperature, as `evaluation.predictions` has it."""
+    answers, temperature = {}, np.float32(fitted.facts["temperature"])
     if fitted.out_of_fold is not None:
         judged = ~np.isnan(fitted.out_of_fold).any(axis=1)
-        answers["train"] = data.splits.train[judged], fitted.out_of_fold[judged]
+        answers["train"] = data.splits.train[judged], fitted.out_of_fold[judged] / temperature
     if fitted.val_logits is not None and np.isin(fitted.val_rows, data.splits.val).all():
-        answers["val"] = fitted.val_rows, fitted.val_logits
+        yet_raw = np.float32(1) if fitted.val_is_calibrated else temperature
+        answers["val"] = fitted.val_rows, fitted.val_logits / yet_raw
     if len(data.splits.test):
         answers["test"] = data.splits.test, apply_head(fitted, data, data.splits.test)
     return answers

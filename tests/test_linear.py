@@ -18,6 +18,7 @@ from probe.config import FitLinearConfig
 from probe.errors import ConfigError, InputError, NumericalError
 from probe.evaluation import predictions
 from probe.evaluation.calibration import fit_temperature
+from probe.evaluation.choice import score
 from probe.heads import class_logits
 from probe.linear import apply_head, check_finite, describe, fit_data, fit_linear, make_data
 from probe.probing.curve import Curve, RowScores, beyond
@@ -529,8 +530,44 @@ def test_out_of_fold_answers_of_every_training_row_are_saved(tmp_path, options, 
     rows = [row_of[name] for name in train.names]
     assert sorted(rows) == np.flatnonzero(splits == "train").tolist()
     np.testing.assert_array_equal(train.labels, labels[rows])
-    expected = dict(zip(np.flatnonzero(splits == "train"), fitted.out_of_fold, strict=True))
+    calibrated = fitted.out_of_fold / fitted.facts["temperature"]
+    expected = dict(zip(np.flatnonzero(splits == "train"), calibrated, strict=True))
     np.testing.assert_allclose(train.logits, [expected[row] for row in rows], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"penalties": (0.001,)},
+        {"solver": "sklearn", "penalties": (0.001,)},
+        {"solver": "ridge", "penalties": (0.1,)},
+        {"head": "knn"},
+        {"head": "mlp", "hidden": (8,), "learning_rate": 1e-2, "batch_size": 8},
+    ],
+    ids=["lbfgs", "sklearn", "ridge", "knn", "mlp"],
+)
+@pytest.mark.parametrize("num_val", [0, 30])
+def test_saved_answers_to_every_split_are_calibrated(tmp_path, options, num_val):
+    """Else runs would differ in likelihood by their temperatures alone, on train and val but not on test."""
+    embeddings, labels, splits = arrays(num_val=num_val)
+    names = [f"{row:03d}.png".encode() for row in range(120)]
+    saved_as = {"names": names, "labels": labels, "class_names": NAMES, "splits": splits.tolist()}
+    write_cache(tmp_path / "cache", embeddings, **saved_as, shard_rows=50)
+    fit_linear(FitLinearConfig(cache=tmp_path / "cache", out=tmp_path / "run", no_report=True, **options))
+    data, fitted, metrics = run(config(**options), embeddings, labels, splits)
+    temperature = metrics["temperature"]
+    assert abs(temperature - 1) > 0.01
+    saved = predictions.load(tmp_path / "run")
+    of = {split: saved.take(saved.splits == split) for split in ("train", "val", "test")}
+    np.testing.assert_allclose(of["test"].logits, apply_head(fitted, data, data.splits.test), rtol=1e-3, atol=1e-4)
+    if options.get("head") != "mlp":  # the temperature is fitted on these: no other makes them likelier
+        assert fit_temperature(of["train"].logits, of["train"].labels) == pytest.approx(1, rel=1e-3)
+    if num_val or options.get("head") == "mlp":
+        expected = fitted.val_logits / (1 if fitted.val_is_calibrated else temperature)
+        np.testing.assert_allclose(of["val"].logits, expected, rtol=1e-3, atol=1e-4)
+    if num_val and options.get("head") != "mlp":  # and what metrics.json says of val is of these very answers
+        _, nll = score(of["val"].logits, of["val"].labels)
+        assert nll == pytest.approx(metrics["splits"]["val"]["nll"], rel=1e-4)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])

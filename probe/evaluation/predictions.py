@@ -7,7 +7,10 @@
     logits             float32 [N, C]             of the softmax (two columns for two classes), or of the sigmoids
     metadata           format version and class names, as JSON under "probe"
 
-No row is answered by a head that was fitted on it: those of train are out of fold, or absent.
+No row is answered by a head that was fitted on it: those of train are out of fold, or absent. All logits are
+calibrated as the saved head's are, divided by its temperature where it has one, so that splits and runs compare. That
+number is itself fitted on the out-of-fold answers to train (on validation, of an MLP): there, their likelihood and
+calibration error flatter by one parameter, while which class is answered is untouched.
 Whoever compares runs joins rows by content key and label, never by position.
 """
 

@@ -63,16 +63,19 @@ def fit_convex(config: FitLinearConfig, data: Data, report: Report = silent) -> 
     given = data.splits.val_is_given
     val_logits = _judged_by_halves(config, data, searches) if given else _judged_by_folds(config, data, searches)
     judged = ~np.isnan(out_of_fold).any(axis=1)
+    if val_logits is not None:  # folds of train gave the temperature, which may be judged on validation alone
+        val_logits = val_logits / np.float32(temperature) if given else val_logits[judged]
     return Fitted(
         head=TrainedHead((), features_of.fold(calibrated)),
         view=chosen.view,
         val_rows=data.splits.val if given else data.splits.train[judged],
-        val_logits=val_logits if given or val_logits is None else val_logits[judged],
+        val_logits=val_logits,
         val_of=(
-            "heads that train alone gave, each half of the rows judged by what the other half chose, not calibrated"
+            "heads that train alone gave, each half of the rows judged by what the other half chose"
             if given
             else f"{config.folds} folds of train, each judged by heads that the others gave and chose, not calibrated"
         ),
+        val_is_calibrated=given,
         out_of_fold=out_of_fold,
         facts={
             "fitted_on": "train" if config.no_refit or not given else "train + val",

@@ -20,17 +20,17 @@ _COUNTS = (200, 100, 20, 10)  # k, the smoothest first: of equals it is taken
 
 def fit_knn(config: FitLinearConfig, data: Data) -> Fitted:
     """k by the leave-one-out accuracy of train, or by a given validation split; then all of it is the memory."""
-    view, splits = config.views[0], data.splits
+    view, splits, given = config.views[0], data.splits, data.splits.val_is_given
     unit = unit_rows(data.in_memory(view)).astype(np.float32)
-    judged_rows = splits.val if splits.val_is_given else splits.train
+    judged_rows = splits.val if given else splits.train
     labels = data.labels[judged_rows]
-    available = len(splits.train) - (0 if splits.val_is_given else 1)
+    available = len(splits.train) - (0 if given else 1)
     counts = [k for k in _COUNTS if k <= available] or [available]
     bank, bank_labels = unit[splits.train], data.labels[splits.train]
     out_of_fold = [_logits(bank, bank, bank_labels, data.num_classes, k, without_self=True) for k in counts]
     logits = np.stack(
         out_of_fold
-        if not splits.val_is_given
+        if not given
         else [_logits(unit[splits.val], bank, bank_labels, data.num_classes, k) for k in counts]
     )
     scores = RowScores.of(logits, labels)
@@ -46,7 +46,7 @@ def fit_knn(config: FitLinearConfig, data: Data) -> Fitted:
         judged[rows] = logits[pick, rows]
     calibration = fit_temperature(out_of_fold[best], bank_labels)
     fitted_on = splits.train
-    if splits.val_is_given and not config.no_refit:
+    if given and not config.no_refit:
         fitted_on = np.concatenate([splits.train, splits.val])
     params = {
         "bank": unit[fitted_on],
@@ -60,9 +60,14 @@ def fit_knn(config: FitLinearConfig, data: Data) -> Fitted:
         head=TrainedHead((), params),
         view=view,
         val_rows=judged_rows,
-        val_logits=judged if halves else None,
-        val_of="neighbours in train other than the row itself, k for each half of the rows chosen by the other half, "
-        "not calibrated",
+        val_logits=(judged / np.float32(calibration) if given else judged) if halves else None,
+        val_of=(
+            "neighbours in train, k for each half of the rows chosen by the other half"
+            if given
+            else "neighbours in train other than the row itself, k for each half of the rows chosen by the other half, "
+            "not calibrated"
+        ),
+        val_is_calibrated=given,
         out_of_fold=out_of_fold[best],
         facts={
             "fitted_on": "train" if len(fitted_on) == len(splits.train) else "train + val",

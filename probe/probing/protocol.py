@@ -52,9 +52,11 @@ class Fitted:
     """A trained head and how it came about.
 
     head: acts on raw embeddings of `view`. val_rows, val_logits: rows that may be judged, and what heads that neither
-    were fitted on them nor chosen by them say of them, [n, C]; `val_of` says in words which heads.
-    out_of_fold: [N train, C], what heads say of training rows that they were not fitted on; NaN where there is none.
-    facts: what metrics.json says of the fit, JSON values. warnings: what a person should know.
+    were fitted on them nor chosen by them say of them, [n, C]; `val_of` says in words which heads, `val_is_calibrated`
+    whether these logits are divided by a temperature, which must be of other rows then.
+    out_of_fold: [N train, C], what heads say of training rows that they were not fitted on, before any temperature;
+    NaN where there is none. facts: what metrics.json says of the fit, JSON values; "temperature" is that of the head.
+    warnings: what a person should know.
     """
 
     head: TrainedHead
@@ -63,6 +65,7 @@ class Fitted:
     val_logits: np.ndarray | None
     val_of: str
     facts: dict[str, Any]
+    val_is_calibrated: bool = False
     out_of_fold: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
 

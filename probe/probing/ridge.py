@@ -106,7 +106,8 @@ def fit_ridge(config: FitLinearConfig, data: Data) -> Fitted:
         val_logits=val_logits,
         val_of=("heads that train alone gave" if given else "heads that were fitted without the row")
         + ", each half of the rows judged by what the other half chose",
-        out_of_fold=(out_of_fold / temperature).astype(np.float32),
+        val_is_calibrated=True,
+        out_of_fold=out_of_fold.astype(np.float32),
         facts={
             "fitted_on": "train" if len(fitted_on) == len(splits.train) else "train + val",
             "view": view,
