@@ -176,6 +176,9 @@ def make_data(
     )
     folds = np.full(len(labels), -1, np.int32)
     notes: list[str] = []
+    if labels.ndim == 1 and (labels < 0).any():
+        notes.append(f"{(labels < 0).sum():,} rows without a label are left out")
+    by_folds = config.head == "linear" and config.solver != "ridge"  # others leave out row by row
     if config.head != "mlp":
         train = resolved.train
         of_train = None if groups is None else groups[train]
@@ -188,11 +191,21 @@ def make_data(
         if len(few):
             named = ", ".join(repr(class_names[label]) for label in few[:_NAMED])
             rest = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
-            notes.append(
-                f"classes with fewer rows than the {config.folds} folds: {named}{rest}; rows that alone stand for "
-                "their class are never left out"
-            )
+            notes.append(f"classes with fewer rows than the {config.folds} folds: {named}{rest}")
+        if by_folds and (folds[train] == -1).any():
+            notes.append(_never_left_out(labels[train[folds[train] == -1]], class_names))
     return Data(embeddings, labels, resolved, folds, tuple(class_names)), notes
+
+
+def _never_left_out(labels: np.ndarray, class_names: Sequence[str]) -> str:
+    """A note of training rows that are in no fold, by the labels of these rows."""
+    if labels.ndim == 2:
+        which = f"{len(labels):,} in all"
+    else:
+        found, counts = np.unique(labels, return_counts=True)
+        named = [f"{n:,} of {class_names[label]!r}" for label, n in zip(found, counts, strict=True)]
+        which = ", ".join(named[:_NAMED]) + (f" and of {len(named) - _NAMED} more" if len(named) > _NAMED else "")
+    return f"training rows that are never left out, so that no fold is without their class: {which}"
 
 
 def fit_data(

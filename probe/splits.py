@@ -40,7 +40,7 @@ def resolve_splits(
       class_names: of the C classes.
       val_fraction: share of train, class by class, that is held out where no row says "val"; 0 holds out nothing.
       seed: of the rows held out.
-    Raises: InputError if train lacks a class or has fewer than two, or if no row can be held out.
+    Raises: InputError as `check_classes` does, or if no row can be held out.
     """
     labelled = labels >= 0 if labels.ndim == 1 else np.ones(len(labels), bool)
     (test,) = np.nonzero(labelled & (splits == "test"))
@@ -125,7 +125,7 @@ def check_classes(labels: np.ndarray, rows: dict[str, np.ndarray], class_names: 
     """Refuses splits that cannot be learned from or judged.
 
     Raises: InputError if train has fewer than two classes, or lacks one that is named or that another split
-    has.
+    has; or if each of its rows, with several labels, has one and the same.
     """
 
     def classes_in(split: str) -> list[int]:
@@ -145,6 +145,12 @@ def check_classes(labels: np.ndarray, rows: dict[str, np.ndarray], class_names: 
         raise InputError(
             f"classes that train lacks: {_quote(missing)} ({'; '.join(found) or 'no row has them'}); "
             f"train has {_quote(present['train'])}. Add training examples of them, or take them out."
+        )
+    if labels.ndim == 2 and (in_all := labels[rows["train"]].all(axis=0)).any():
+        everywhere = {class_names[label] for label in np.flatnonzero(in_all)}
+        raise InputError(
+            f"every training row has {_quote(everywhere)}, so nothing tells what it looks like not to have it. Take it "
+            "out, or add training examples without it."
         )
 
 

@@ -211,6 +211,21 @@ def test_class_weights_are_those_of_scikit_learn():
         )
 
 
+def test_rows_without_a_label_are_noted():
+    embeddings, labels, splits = arrays()
+    labels[[0, 1, 119]] = -1
+    data, notes = make_data(config(), {"pooler": embeddings}, labels, splits, None, NAMES)
+    assert notes == ["3 rows without a label are left out"]
+    assert len(data.splits.train) == 88
+
+
+def test_rows_with_several_labels_that_are_never_left_out_are_noted():
+    embeddings, labels, splits = arrays()
+    sets = np.stack([labels == 0, labels > 0, np.arange(120) == 7], axis=1)
+    _, notes = make_data(config(), {"pooler": embeddings}, sets, splits, None, NAMES)
+    assert notes[-1].endswith("never left out, so that no fold is without their class: 1 in all")
+
+
 @pytest.mark.parametrize("solver", ["lbfgs", "ridge"])
 def test_rows_with_several_labels(solver):
     embeddings, labels, splits = arrays()
@@ -329,6 +344,7 @@ def test_rare_classes_are_warned_of_and_keep_a_row_in_train():
     labels[5] = 2
     data, fitted, metrics = run(config(), embeddings, labels, splits)
     assert "fewer rows than the 5 folds: 'cat'" in metrics["warnings"][0]
+    assert metrics["warnings"][1].endswith("without their class: 1 of 'cat'")
     assert data.folds[5] == -1
     assert np.isnan(fitted.out_of_fold[5]).all()
     assert metrics["splits"]["val"]["n"] == 89
@@ -341,6 +357,7 @@ def test_a_class_in_one_group_is_part_of_the_final_fit():
     groups = np.where(labels == 2, "together", np.char.add("alone ", np.arange(120).astype(str)))
     data, fitted, metrics = run(config(), embeddings, labels, splits, groups)
     assert (data.folds[data.splits.train] == -1).sum() == 30
+    assert any("never left out, so that no fold is without their class: 30 of 'cat'" in w for w in metrics["warnings"])
     assert_is_scikit_learns(data, fitted, metrics, data.splits.train)
 
 

@@ -79,6 +79,17 @@ def test_what_cannot_be_learned_from_is_refused(labels, splits, message):
         resolve(labels, splits)
 
 
+def test_a_label_that_every_training_row_has_is_refused():
+    """Nothing tells what it looks like not to have it, and its bias would grow for ever."""
+    labels = np.random.default_rng(0).random((20, 3)) < 0.5
+    labels[:15, 1], labels[15:, 1] = True, False
+    splits = np.where(np.arange(20) < 15, "train", "test")
+    with pytest.raises(InputError, match=r"every training row has 'bee'.*Take it out, or add training"):
+        resolve_splits(labels, splits, class_names=NAMES[:3], val_fraction=0, seed=0)
+    labels[0, 1] = False
+    assert len(resolve_splits(labels, splits, class_names=NAMES[:3], val_fraction=0, seed=0).train) == 15
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     rest=st.lists(st.integers(0, 3), max_size=40),
