@@ -115,7 +115,7 @@ def neighbour_logits(
     num_neighbours: int,
     temperature: float,
     *,
-    without_self: bool = False,
+    groups: Any = None,
 ) -> jax.Array:
     """Log of the share of votes that each class has among the nearest rows; a vote weighs exp(cosine / temperature).
 
@@ -123,7 +123,7 @@ def neighbour_logits(
 
     Args:
       queries: [B, D] of norm 1; bank: [N, D] of norm 1; labels: [N] integers below num_classes.
-      without_self: row i of the queries is row i of the bank, and has no vote on itself.
+      groups: [N] integers; row i of the queries is then row i of the bank, and no row of its group has a vote on it.
     Returns: [B, num_logits].
     """
     queries, bank, labels = jnp.asarray(queries), jnp.asarray(bank), jnp.asarray(labels)
@@ -135,7 +135,7 @@ def neighbour_logits(
             num_classes,
             num_neighbours,
             temperature,
-            i if without_self else None,
+            None if groups is None else (groups[i : i + _QUERIES], groups),
         )
         for i in range(0, len(queries), _QUERIES)
     ]
@@ -152,13 +152,13 @@ def _neighbour_votes(
     num_classes: int,
     num_neighbours: int,
     temperature: float,
-    first: int | None,
+    groups: tuple[Any, Any] | None,
 ) -> jax.Array:
-    """[B, C] shares of the votes; query b is row first + b of the bank."""
+    """[B, C] shares of the votes; groups: [B] of the queries and [N] of the bank, whose members have no vote on each
+    other."""
     cosines = jnp.matmul(queries, bank.T, precision="highest")
-    if first is not None:
-        own = jnp.arange(bank.shape[0]) == first + jnp.arange(queries.shape[0])[:, None]
-        cosines = jnp.where(own, -jnp.inf, cosines)
+    if groups is not None:
+        cosines = jnp.where(groups[0][:, None] == groups[1], -jnp.inf, cosines)
     nearest, rows = jax.lax.top_k(cosines, num_neighbours)
     weights = jax.nn.softmax(nearest / temperature, axis=-1)
     return jnp.einsum("bk,bkc->bc", weights, jax.nn.one_hot(labels[rows], num_classes))

@@ -194,7 +194,7 @@ def make_data(
             notes.append(f"classes with fewer rows than the {config.folds} folds: {named}{rest}")
         if by_folds and (folds[train] == -1).any():
             notes.append(_never_left_out(labels[train[folds[train] == -1]], class_names))
-    return Data(embeddings, labels, resolved, folds, tuple(class_names)), notes
+    return Data(embeddings, labels, resolved, folds, tuple(class_names), groups=groups), notes
 
 
 def _never_left_out(labels: np.ndarray, class_names: Sequence[str]) -> str:

@@ -77,7 +77,7 @@ def assign_folds(
     grouped = groups is not None and bool((groups != "").any())
     if grouped:
         assert groups is not None
-        numbers = _group_numbers(groups)
+        numbers = group_numbers(groups)
         folds = _deal_groups(labels if labels.ndim == 1 else labels.sum(axis=1), numbers, num_folds, rng)
     else:
         numbers = np.arange(num_rows)
@@ -113,8 +113,8 @@ def _deal_groups(labels: np.ndarray, numbers: np.ndarray, num_folds: int, rng: n
     return folds
 
 
-def _group_numbers(groups: np.ndarray) -> np.ndarray:
-    """[N] integers; a row of no group is a group of its own."""
+def group_numbers(groups: np.ndarray) -> np.ndarray:
+    """[N] integers of [N] of text; a row of no group is a group of its own."""
     names, numbers = np.unique(groups, return_inverse=True)
     alone = groups == ""
     numbers[alone] = len(names) + np.arange(alone.sum())
@@ -163,7 +163,7 @@ def _hold_out(labels: np.ndarray, groups: np.ndarray | None, fraction: float, se
     rng = np.random.default_rng(seed)
     held = np.zeros(len(labels), bool)
     if groups is not None and (groups != "").any():
-        group_of_row = _group_numbers(groups)
+        group_of_row = group_numbers(groups)
         folds = _deal_groups(labels, group_of_row, max(2, round(1 / fraction)), rng)
         for fold in range(folds.max() + 1):
             held[folds == fold] = True

@@ -271,6 +271,45 @@ def test_ridge_and_its_leave_one_out_are_scikit_learns(weighted, several, penalt
         np.testing.assert_allclose(answers[row], reference.predict(features[row : row + 1])[0], rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=25, deadline=None)
+@given(penalty=st.floats(-6, 2), largest=st.integers(1, 12), weighted=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_ridge_leaves_out_groups_whole(penalty, largest, weighted, seed):
+    """As fits without the group do; groups of more rows than features too."""
+    rng = np.random.default_rng(seed)
+    groups = np.array([0] * largest + [1, 2, 2, 1, 3, 4, 4, 4, 1, 5])
+    features, targets = rng.normal(size=(len(groups), 4)) + 1, np.eye(3)[rng.integers(0, 3, len(groups))]
+    weights = rng.uniform(0.1, 3, len(groups)) if weighted else np.ones(len(groups))
+    answers = Ridge(features, targets, weights, groups).left_out(10.0**penalty)
+    for group in np.unique(groups):
+        rest = groups != group
+        reference = SklearnRidge(alpha=10.0**penalty * weights.sum(), solver="svd")
+        reference.fit(features[rest], targets[rest], sample_weight=weights[rest])
+        np.testing.assert_allclose(answers[~rest], reference.predict(features[~rest]), rtol=1e-4, atol=1e-4)
+
+
+GROUPED = [{"penalties": (0.01,), "shots": (8,), "seeds": 1}, {"solver": "ridge"}, {"head": "knn"}]
+
+
+@pytest.mark.parametrize("options", GROUPED, ids=["lbfgs", "ridge", "knn"])
+def test_no_row_is_vouched_for_by_its_group(options):
+    """Three views of each thing, and labels of pure noise: whoever sees the other two knows the third."""
+    rng = np.random.default_rng(0)
+    things = np.repeat(np.arange(60), 3)
+    embeddings = (rng.normal(size=(60, 80))[things] + 0.01 * rng.normal(size=(180, 80))).astype(np.float32)
+    labels = rng.permutation(np.arange(60) % 2)[things]
+    splits, groups = np.where(np.arange(180) < 150, "train", "test"), np.char.add("thing ", things.astype(str))
+    _, fitted, metrics = run(config(**options), embeddings, labels, splits, groups)
+    assert metrics["splits"]["val"]["accuracy"] < 0.7
+    assert (fitted.out_of_fold.argmax(axis=1) == labels[:150]).mean() < 0.7
+
+
+@pytest.mark.parametrize("options", GROUPED[1:], ids=["ridge", "knn"])
+def test_one_group_of_all_rows_leaves_nothing_to_judge_by(options):
+    embeddings, labels, splits = arrays(num_val=30)
+    with pytest.raises(InputError, match="all 60 training rows are one group"):
+        run(config(**options), embeddings, labels, splits, np.where(splits == "train", "one", ""))
+
+
 def test_ridge_heeds_class_weights():
     embeddings, labels, splits = arrays(num_val=30)
     shares = []
@@ -303,7 +342,7 @@ def test_neighbours_vote_by_cosine():
     bank = rng.normal(size=(30, 4)).astype(np.float32)
     bank /= np.linalg.norm(bank, axis=1, keepdims=True)
     labels = np.arange(30) % 3
-    logits = np.asarray(neighbour_logits(bank, bank, labels, 3, 5, 0.07, without_self=True))
+    logits = np.asarray(neighbour_logits(bank, bank, labels, 3, 5, 0.07, groups=np.arange(30)))
     cosines = bank @ bank.T
     np.fill_diagonal(cosines, -np.inf)
     for row in range(30):

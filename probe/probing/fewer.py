@@ -122,7 +122,8 @@ def _accuracy(config: FitLinearConfig, data: Data, counts: np.ndarray, seed: int
         raise InputError("--shots and --learning-curve need a test or a val split to judge on: hold some rows out.")
     splits = Splits(train, np.zeros(0, int), data.splits.test, val_is_given=False)
     folds = np.full(len(data.labels), -1, np.int32)
-    folds[train], _ = assign_folds(data.labels[train], None, min(config.folds, len(train)), seed=seed)
+    groups = None if data.groups is None else data.groups[train]
+    folds[train], _ = assign_folds(data.labels[train], groups, min(config.folds, len(train)), seed=seed)
     if (folds[train] >= 0).any():
         fitted = fit_convex(config, dataclasses.replace(data, splits=splits, folds=folds))
         view, head = fitted.view, fitted.head

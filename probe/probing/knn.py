@@ -11,7 +11,7 @@ from probe.config import FitLinearConfig
 from probe.evaluation.calibration import fit_temperature
 from probe.heads import TrainedHead, class_logits, neighbour_logits
 from probe.probing.curve import Curve, RowScores
-from probe.probing.protocol import Data, Fitted
+from probe.probing.protocol import Data, Fitted, train_groups
 from probe.probing.scaling import unit_rows
 
 TEMPERATURE = 0.07
@@ -19,15 +19,19 @@ _COUNTS = (200, 100, 20, 10)  # k, the smoothest first: of equals it is taken
 
 
 def fit_knn(config: FitLinearConfig, data: Data) -> Fitted:
-    """k by the leave-one-out accuracy of train, or by a given validation split; then all of it is the memory."""
+    """k by the accuracy on train without each row and its group, or by a given val split; then all is the memory.
+
+    Raises: InputError if all training rows are one group.
+    """
     view, splits, given = config.views[0], data.splits, data.splits.val_is_given
     unit = unit_rows(data.in_memory(view)).astype(np.float32)
     judged_rows = splits.val if given else splits.train
     labels = data.labels[judged_rows]
-    available = len(splits.train) - (0 if given else 1)
+    groups = train_groups(data)
+    available = len(splits.train) - (0 if given else int(np.bincount(groups).max()))
     counts = [k for k in _COUNTS if k <= available] or [available]
     bank, bank_labels = unit[splits.train], data.labels[splits.train]
-    out_of_fold = [_logits(bank, bank, bank_labels, data.num_classes, k, without_self=True) for k in counts]
+    out_of_fold = [_logits(bank, bank, bank_labels, data.num_classes, k, groups) for k in counts]
     logits = np.stack(
         out_of_fold
         if not given
@@ -81,7 +85,12 @@ def fit_knn(config: FitLinearConfig, data: Data) -> Fitted:
 
 
 def _logits(
-    queries: np.ndarray, bank: np.ndarray, labels: np.ndarray, num_classes: int, k: int, *, without_self: bool = False
+    queries: np.ndarray,
+    bank: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    k: int,
+    groups: np.ndarray | None = None,
 ) -> np.ndarray:
-    found = neighbour_logits(queries, bank, labels, num_classes, k, TEMPERATURE, without_self=without_self)
+    found = neighbour_logits(queries, bank, labels, num_classes, k, TEMPERATURE, groups=groups)
     return np.asarray(class_logits(found))

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from probe.config import FitLinearConfig
-from probe.errors import ConfigError
+from probe.errors import ConfigError, InputError
 from probe.heads import TrainedHead
 from probe.probing.features import Features
-from probe.splits import Splits
+from probe.splits import Splits, group_numbers
 
 Report = Callable[[str, int, int | None, str], None]  # what is done, how many, of how many (None: unknown), of what
 
@@ -23,7 +23,8 @@ def silent(what: str, num_done: int, num: int | None, unit: str) -> None:
 class Data:
     """embeddings: view name to [N, D] float32, in memory or streamed; labels: [N] integers or [N, C] bool; folds: [N]
     which fold leaves a training row out, -1 for one that is never left out; class_names: of the C classes;
-    text_weights: [P, M], the zero-shot head's on rows of norm 1 of the projected view, where --prior text asks."""
+    text_weights: [P, M], the zero-shot head's on rows of norm 1 of the projected view, where --prior text asks; groups:
+    [N] of text, of rows that are left out together, "" for none."""
 
     embeddings: Mapping[str, Features]
     labels: np.ndarray
@@ -31,6 +32,7 @@ class Data:
     folds: np.ndarray
     class_names: tuple[str, ...]
     text_weights: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     def in_memory(self, view: str) -> np.ndarray:
         """The embeddings of a view, for what cannot stream them."""
@@ -68,6 +70,21 @@ class Fitted:
     val_is_calibrated: bool = False
     out_of_fold: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
+
+
+def train_groups(data: Data) -> np.ndarray:
+    """[N train] integers: rows of one group, which are left out together; without groups each row is one.
+
+    Raises: InputError if all rows are one group.
+    """
+    train = data.splits.train
+    numbers = np.arange(len(train)) if data.groups is None else group_numbers(data.groups[train])
+    if len(set(numbers.tolist())) < 2:
+        raise InputError(
+            f"all {len(train)} training rows are one group, so that none can be judged by the others. Give them groups "
+            "that are left out one by one, or use --solver lbfgs, which a val split suffices."
+        )
+    return numbers
 
 
 def row_weights(config: FitLinearConfig, data: Data, rows: np.ndarray) -> np.ndarray:

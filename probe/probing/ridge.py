@@ -2,8 +2,9 @@
 
 Minimises Σ_i r_i·‖x_i W + b - y_i‖² / R + λ‖W‖², bias free, with r_i the weight of row i and R their sum. One
 eigendecomposition of the features' second moment serves all λ, and the exact leave-one-out answer of each row needs no
-second fit: it is the fitted one with its residual divided by one minus the row's leverage (Allen's PRESS). Scores are
-no log-odds: a temperature makes them such. With several labels a row, a label is given from a score of a half on.
+second fit: it is the fitted one with its residual divided by one minus the row's leverage (Allen's PRESS), and of a
+group that is left out whole, by one minus its block of the hat matrix. Scores are no log-odds: a temperature makes them
+such. With several labels a row, a label is given from a score of a half on.
 """
 
 from collections.abc import Callable
@@ -14,16 +15,25 @@ from probe.config import FitLinearConfig
 from probe.evaluation.calibration import fit_temperature
 from probe.heads import TrainedHead
 from probe.probing.curve import Curve, RowScores, beyond, edge_warning
-from probe.probing.protocol import Data, Fitted, row_weights
+from probe.probing.protocol import Data, Fitted, row_weights, train_groups
 from probe.probing.scaling import Scaling
 
 Answer = Callable[[float], np.ndarray]  # λ -> [N, C] scores
 
 
 class Ridge:
-    """Ridge regression on [N, D] features and [N, C] targets, rows weighing [N] (default: 1), for any λ."""
+    """Ridge regression on [N, D] features and [N, C] targets, rows weighing [N] (default: 1), for any λ.
 
-    def __init__(self, features: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> None:
+    Rows of one group, [N] integers, are left out together (default: each row alone).
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+    ) -> None:
         features = np.asarray(features, np.float64)
         weights = np.ones(len(features)) if weights is None else weights
         self._share = weights / weights.sum()
@@ -34,6 +44,10 @@ class Ridge:
         self._eigenvalues = np.maximum(eigenvalues, 0)
         self._rotated = centred @ self._basis
         self._moments = self._rotated.T @ (self._residuals_at_zero * self._share[:, None])
+        numbers = np.arange(len(features)) if groups is None else groups
+        order = np.argsort(numbers, kind="stable")
+        parts = np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)
+        self._several = [rows for rows in parts if len(rows) > 1]
 
     def head(self, penalty: float) -> tuple[np.ndarray, np.ndarray]:
         """Kernel [D, C] and bias [C]."""
@@ -41,12 +55,27 @@ class Ridge:
         return kernel, self._mean - self._centre @ kernel
 
     def left_out(self, penalty: float) -> np.ndarray:
-        """[N, C] the answer to each row by the fit of all others at the same λ·R."""
+        """[N, C] the answer to each row by the fit of all others, or of all other groups, at the same λ·R."""
         shrinkage = self._shrinkage(penalty)
         leverage = self._share * (1 + self._rotated**2 @ shrinkage[:, 0])
         residuals = self._residuals_at_zero - self._rotated @ (self._moments * shrinkage)
-        answers: np.ndarray = self._mean + self._residuals_at_zero - residuals / (1 - leverage)[:, None]
+        without = residuals / (1 - leverage)[:, None]
+        for rows in self._several:
+            without[rows] = self._without_group(rows, shrinkage, residuals[rows])
+        answers: np.ndarray = self._mean + self._residuals_at_zero - without
         return answers
+
+    def _without_group(self, rows: np.ndarray, shrinkage: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+        """(I - H)⁻¹ times the residuals [m, C] of m rows, H their block of the hat matrix: what a leverage is for one.
+
+        H is a product over the D features and the bias; where these are fewer than the rows, the smaller inverse does
+        (Woodbury).
+        """
+        out = np.concatenate([np.ones((len(rows), 1)), self._rotated[rows]], axis=1)
+        back = np.concatenate([np.ones((1, 1)), shrinkage]) * (out.T * self._share[rows])
+        if len(rows) <= out.shape[1]:
+            return np.asarray(np.linalg.solve(np.eye(len(rows)) - out @ back, residuals))
+        return np.asarray(residuals + out @ np.linalg.solve(np.eye(len(back)) - back @ out, back @ residuals))
 
     def _shrinkage(self, penalty: float) -> np.ndarray:
         shrinkage: np.ndarray = 1 / (self._eigenvalues + penalty)[:, None]
@@ -58,11 +87,14 @@ class Ridge:
 
 
 def fit_ridge(config: FitLinearConfig, data: Data) -> Fitted:
-    """λ by the leave-one-out error of train, or by a given validation split, and then a fit of all of it."""
+    """λ by the error on train without each row and its group, or by a given validation split, and then a fit of all.
+
+    Raises: InputError if all training rows are one group.
+    """
     view, kind, splits = config.views[0], config.scalings[0], data.splits
     embeddings, labels, given = data.in_memory(view), data.labels, splits.val_is_given
     targets = labels.astype(np.float64) if data.multi_label else np.eye(data.num_classes)[labels]
-    scaling, ridge = _fitted(config, data, splits.train, targets)
+    scaling, ridge = _fitted(config, data, splits.train, targets, train_groups(data))
     val_features = scaling.apply(embeddings[splits.val])
 
     def on_val(penalty: float) -> np.ndarray:
@@ -129,10 +161,12 @@ def fit_ridge(config: FitLinearConfig, data: Data) -> Fitted:
     )
 
 
-def _fitted(config: FitLinearConfig, data: Data, rows: np.ndarray, targets: np.ndarray) -> tuple[Scaling, Ridge]:
+def _fitted(
+    config: FitLinearConfig, data: Data, rows: np.ndarray, targets: np.ndarray, groups: np.ndarray | None = None
+) -> tuple[Scaling, Ridge]:
     embeddings = data.in_memory(config.views[0])[rows]
     scaling = Scaling.of(embeddings, config.scalings[0])
-    return scaling, Ridge(scaling.apply(embeddings), targets[rows], row_weights(config, data, rows))
+    return scaling, Ridge(scaling.apply(embeddings), targets[rows], row_weights(config, data, rows), groups)
 
 
 def _scores(
