@@ -25,7 +25,7 @@ from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import class_logits
 from probe.probing.convex import fit_convex
 from probe.probing.features import Features, Stream, pieces
-from probe.probing.fewer import few_shot, learning_curve
+from probe.probing.fewer import curve_warnings, few_shot, learning_curve
 from probe.probing.knn import fit_knn
 from probe.probing.mlp import fit_mlp
 from probe.probing.prompts import class_directions, zero_shot_head
@@ -235,6 +235,7 @@ def fit_data(
         extra["few_shot"] = few_shot(config, data, report)
     if config.learning_curve:
         extra["learning_curve"] = learning_curve(config, data, report)
+        notes = [*notes, *curve_warnings(extra["learning_curve"])]
     warnings = [*notes, *fitted.warnings]
     return fitted, {
         "splits": figures,
@@ -284,13 +285,19 @@ def describe(metrics: dict[str, Any]) -> str:
         for line in curve["points"]:
             lines.append(f"{line['n']:,} labels: accuracy {line['accuracy']:.4f}{_deviation(line)}")
         for line in curve["extrapolation"]:
-            low, high = line["interval_95"]
-            lines.append(f"{line['n']:,} labels, expected: {line['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})")
+            lines.append(f"{line['n']:,} labels, expected: {line['accuracy']:.4f}{_interval(line)}")
     return "\n".join(lines + [f"warning: {warning}" for warning in metrics["warnings"]])
 
 
 def _deviation(line: dict[str, Any]) -> str:
     return "" if line["deviation"] is None else f" ± {line['deviation']:.4f} over seeds"
+
+
+def _interval(line: dict[str, Any]) -> str:
+    if line["interval_95"] is None:
+        return ""
+    low, high = line["interval_95"]
+    return f" (95 %: {low:.4f} to {high:.4f})"
 
 
 def _c(metrics: dict[str, Any]) -> str:

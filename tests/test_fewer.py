@@ -1,6 +1,7 @@
 """Fewer labels: draws are nested and of train alone, and the curve's extrapolation finds a known law."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -62,12 +63,41 @@ def test_the_curve_ends_with_all_of_train():
     assert "180 labels, expected" in text
 
 
+def answered(sizes, num_seeds, num_rows, seed=0):
+    """Hits [P, S, J] of heads whose error is 0.05 + 2·n^-0.5."""
+    error = 0.05 + 2 * np.asarray(sizes)[:, None, None] ** -0.5
+    return np.random.default_rng(seed).random((len(sizes), num_seeds, num_rows)) >= error
+
+
 def test_a_power_law_is_found_again():
     sizes = np.array([50, 100, 200, 400, 800])
-    error = 0.05 + 2 * sizes**-0.5
-    noise = np.random.default_rng(0).normal(size=(5, 8)) * 0.002
-    found = extrapolate(sizes, 1 - error[:, None] + noise, np.array([1600, 3200]), seed=0)
+    found = extrapolate(sizes, answered(sizes, 8, 4000), np.array([1600, 3200]), seed=0)
     for line in found:
         truth = 0.95 - 2 * line["n"] ** -0.5
-        assert line["accuracy"] == pytest.approx(truth, abs=0.01)
+        assert line["accuracy"] == pytest.approx(truth, abs=0.02)
         assert line["interval_95"][0] <= truth <= line["interval_95"][1]
+
+
+def test_few_rows_to_judge_on_widen_the_interval():
+    """By the same heads: what 40 rows say of them is ten times less sure than what 4,000 do."""
+    sizes = np.array([50, 100, 200, 400, 800])
+    hits = np.repeat(answered(sizes, 1, 4000), 5, axis=1)  # draws that agree: the rows are all that there is of noise
+    few, many = (extrapolate(sizes, of, np.array([1600]), seed=0)[0]["interval_95"] for of in (hits[..., :40], hits))
+    assert many[1] - many[0] > 0.02
+    assert few[1] - few[0] > 3 * (many[1] - many[0])
+
+
+@pytest.mark.parametrize(("sizes", "num_seeds"), [([50, 100, 200, 400], 1), ([50, 100, 200], 5), ([50], 5)])
+def test_too_little_is_measured_for_an_interval(sizes, num_seeds):
+    (line,) = extrapolate(np.array(sizes), answered(sizes, num_seeds, 100), np.array([1600]), seed=0)
+    assert line["interval_95"] is None
+    assert 0 <= line["accuracy"] <= 1
+
+
+def test_a_curve_without_an_interval_says_so():
+    options, data = make(learning_curve=True)
+    _, metrics = fit_data(dataclasses.replace(options, seeds=1), data)
+    assert metrics["learning_curve"]["extrapolation"][0]["interval_95"] is None
+    assert any("the learning curve has no interval" in warning for warning in metrics["warnings"])
+    assert "180 labels, expected" in describe(metrics)
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics

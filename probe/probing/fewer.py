@@ -25,6 +25,7 @@ from probe.splits import Splits, assign_folds
 _STEPS = 6  # points of a learning curve, each twice the rows of the one before
 _RATES = np.linspace(0.1, 1.5, 57)  # exponents that are tried for the power law
 _RESAMPLES = 200
+_LEAST_SEEDS, _LEAST_POINTS = 2, 4  # that an interval needs: one draw shows no deviation, three points fit exactly
 
 
 def draw(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
@@ -56,7 +57,7 @@ def few_shot(config: FitLinearConfig, data: Data, report: Report = silent) -> li
         accuracies = []
         for i in range(config.seeds):
             report("few shots", len(table) * config.seeds + i, len(config.shots) * config.seeds, "heads")
-            accuracies.append(_accuracy(config, data, counts, config.seed + i))
+            accuracies.append(float(_hits(config, data, counts, config.seed + i).mean()))
         table.append({"shots": shots, **_summary(accuracies)})
     return table
 
@@ -65,35 +66,58 @@ def learning_curve(config: FitLinearConfig, data: Data, report: Report = silent)
     """Accuracy against the number of labels, and what twice and four times as many would give.
 
     The error is fitted as a + b·n^-c with a, b >= 0; the interval of an extrapolation is the middle 95 % of those
-    from resampled seeds, and does not know whether the law holds.
+    from resampled seeds and rows to judge on, and does not know whether the law holds.
     """
     labels = data.labels[data.splits.train]
     available = np.bincount(labels, minlength=data.num_classes)
     points: list[dict[str, Any]] = []
+    every = []
     for step in reversed(range(_STEPS)):
         counts = np.maximum(available // 2**step, np.minimum(available, 2))
         if not points or counts.sum() > points[-1]["n"]:
-            accuracies = []
+            hits = []
             for i in range(config.seeds):
                 report("learning curve", len(points) * config.seeds + i, None, "heads")
-                accuracies.append(_accuracy(config, data, counts, config.seed + i))
-            points.append({"n": int(counts.sum()), **_summary(accuracies)})
+                hits.append(_hits(config, data, counts, config.seed + i))
+            every.append(hits)
+            points.append({"n": int(counts.sum()), **_summary([float(of_seed.mean()) for of_seed in hits])})
     sizes = np.array([point["n"] for point in points], float)
-    every = np.array([point["accuracies"] for point in points])
-    return {"points": points, "extrapolation": extrapolate(sizes, every, sizes[-1] * np.array([2, 4]), config.seed)}
+    extrapolation = extrapolate(sizes, np.array(every), sizes[-1] * np.array([2, 4]), config.seed)
+    return {"points": points, "extrapolation": extrapolation}
 
 
-def extrapolate(sizes: np.ndarray, accuracies: np.ndarray, wanted: np.ndarray, seed: int) -> list[dict[str, Any]]:
+def curve_warnings(curve: dict[str, Any]) -> list[str]:
+    """What a person should know of a `learning_curve`."""
+    points = curve["points"]
+    if _enough(len(points), len(points[0]["accuracies"])):
+        return []
+    return [
+        f"the learning curve has no interval: {len(points)} points of {len(points[0]['accuracies'])} seeds cannot tell "
+        f"how sure it is, which takes {_LEAST_POINTS} points (more training rows) and --seeds {_LEAST_SEEDS} or more"
+    ]
+
+
+def _enough(num_points: int, num_seeds: int) -> bool:
+    return num_points >= _LEAST_POINTS and num_seeds >= _LEAST_SEEDS
+
+
+def extrapolate(sizes: np.ndarray, hits: np.ndarray, wanted: np.ndarray, seed: int) -> list[dict[str, Any]]:
     """Accuracies that the power law gives at other sizes.
 
     Args:
-      sizes: [P]; accuracies: [P, S] of S seeds; wanted: sizes asked for; seed: of the resampling.
+      sizes: [P]; hits: [P, S, J] bool, which of J rows the heads of S seeds answered rightly; wanted: sizes asked for;
+        seed: of the resampling, of seeds at each size and of rows, the same at all.
+    Returns: for each size {"n", "accuracy", "interval_95"}, the interval None where there are fewer than 2 seeds, or
+      fewer than 4 sizes for the 3 parameters.
     """
     rng = np.random.default_rng(seed)
-    best = 1 - _power_law(sizes, 1 - accuracies.mean(axis=1), wanted)
-    num_seeds = accuracies.shape[1]
+    best = 1 - _power_law(sizes, 1 - hits.mean(axis=(1, 2)), wanted)
+    num_points, num_seeds, num_rows = hits.shape
+    if not _enough(num_points, num_seeds):
+        return [{"n": int(n), "accuracy": float(a), "interval_95": None} for n, a in zip(wanted, best, strict=True)]
     drawn = []
     for _ in range(_RESAMPLES):
+        accuracies = hits @ (rng.multinomial(num_rows, np.full(num_rows, 1 / num_rows)) / num_rows)
         seeds = rng.integers(0, num_seeds, accuracies.shape)
         drawn.append(1 - _power_law(sizes, 1 - np.take_along_axis(accuracies, seeds, axis=1).mean(axis=1), wanted))
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
@@ -114,8 +138,8 @@ def _power_law(sizes: np.ndarray, errors: np.ndarray, wanted: np.ndarray) -> np.
     return np.asarray(floor + slope * (wanted / sizes[-1]) ** -rate)
 
 
-def _accuracy(config: FitLinearConfig, data: Data, counts: np.ndarray, seed: int) -> float:
-    """Of the head that the drawn rows alone give."""
+def _hits(config: FitLinearConfig, data: Data, counts: np.ndarray, seed: int) -> np.ndarray:
+    """[J] bool: which of the rows to judge on the head that the drawn rows alone give answers rightly."""
     train = data.splits.train[draw(data.labels[data.splits.train], counts, seed)]
     judged = data.splits.test if len(data.splits.test) else data.splits.val
     if not len(judged):
@@ -130,7 +154,7 @@ def _accuracy(config: FitLinearConfig, data: Data, counts: np.ndarray, seed: int
     else:
         view, head = config.views[0], _fit_without_choice(config, data, train)
     logits = np.asarray(class_logits(head.apply(data.in_memory(view)[judged])))
-    return float((logits.argmax(axis=1) == data.labels[judged]).mean())
+    return np.asarray(logits.argmax(axis=1) == data.labels[judged])
 
 
 def _fit_without_choice(config: FitLinearConfig, data: Data, rows: np.ndarray) -> TrainedHead:

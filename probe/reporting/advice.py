@@ -53,6 +53,8 @@ def _more_labels(metrics: Mapping[str, Any], figures: Mapping[str, Any]) -> tupl
     if not curve:
         return None
     now, twice = curve["points"][-1]["accuracy"], curve["extrapolation"][0]
+    if twice["interval_95"] is None:
+        return None  # too few draws or sizes to tell a promise from noise
     low, high = twice["interval_95"]
     share, interval = percent(twice["accuracy"], 1), f"{100 * low:.1f} to {percent(high, 1)}"
     expected = f"Twice as many labels are expected to give {share} ({interval})"

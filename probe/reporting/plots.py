@@ -178,6 +178,7 @@ def learning_charts(metrics: Mapping[str, Any]) -> list[Chart]:
         measured, expected = curve["points"], curve["extrapolation"]
         deviations = [point["deviation"] for point in measured]
         known = all(deviation is not None for deviation in deviations)
+        sure = all(point["interval_95"] is not None for point in expected)
         charts.append(
             line_chart(
                 [
@@ -189,11 +190,11 @@ def learning_charts(metrics: Mapping[str, Any]) -> list[Chart]:
                         high=[p["accuracy"] + p["deviation"] for p in measured] if known else (),
                     ),
                     Series(
-                        name="expected, 95 %",
+                        name="expected, 95 %" if sure else "expected",
                         x=[measured[-1]["n"], *(point["n"] for point in expected)],
                         y=[measured[-1]["accuracy"], *(point["accuracy"] for point in expected)],
-                        low=[None, *(point["interval_95"][0] for point in expected)],
-                        high=[None, *(point["interval_95"][1] for point in expected)],
+                        low=[None, *(point["interval_95"][0] for point in expected)] if sure else (),
+                        high=[None, *(point["interval_95"][1] for point in expected)] if sure else (),
                         kind="dashed",
                         colour=1,
                     ),
