@@ -58,7 +58,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         deviation = np.where(deviation > 1e-6 * np.maximum(np.abs(mean), 1e-30), deviation, 1.0)
         features = ((X - mean) / deviation).astype(np.float32)
         folds = self._folds(labels) if self.C == "cv" else None
-        problem = Problem(features, labels, len(self.classes_), folds=folds)
+        problem = Problem(features, labels, len(self.classes_), folds=folds, standardise_folds=folds is not None)
         penalty = 1 / (float(self.C) * len(X)) if folds is None else self._choose(problem, folds)
         solution = problem.fit(penalty)
         if not solution.converged:

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_iris, make_classification
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from probe import LinearProbe
+from probe.splits import assign_folds
 
 
 @parametrize_with_checks([LinearProbe()])
@@ -39,6 +41,23 @@ def test_c_is_chosen_by_folds():
     again = LinearProbe(C="cv", criterion="nll").fit(X, y)
     np.testing.assert_array_equal(chosen.coef_, again.coef_)
     np.testing.assert_allclose(LinearProbe(C=chosen.C_).fit(X, y).coef_, chosen.coef_, atol=1e-5)
+
+
+def test_folds_are_scaled_by_their_own_rows():
+    """As a pipeline with StandardScaler scales them, whose best C is chosen: a row far off is in one fold alone."""
+    X, y = make_classification(60, 8, n_informative=3, flip_y=0.2, random_state=0)
+    X[7] *= 40
+    ours = LinearProbe(C="cv", criterion="nll").fit(X, y)
+    folds, _ = assign_folds(y, None, 5, seed=0)
+    losses = {}
+    for C in 1 / (60 * np.logspace(1, -7, 17)):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=1e-6, max_iter=10_000))
+        parts = [
+            log_loss(y[folds == fold], model.fit(X[folds != fold], y[folds != fold]).predict_proba(X[folds == fold]))
+            for fold in range(5)
+        ]
+        losses[C] = np.average(parts, weights=np.bincount(folds))
+    assert ours.C_ == pytest.approx(min(losses, key=losses.__getitem__), rel=1e-5)
 
 
 def test_it_stands_where_logistic_regression_stood():

@@ -24,6 +24,7 @@ from probe.linear import apply_head, check_finite, describe, fit_data, fit_linea
 from probe.probing.curve import Curve, RowScores, beyond
 from probe.probing.ridge import Ridge
 from probe.probing.scaling import Scaling
+from probe.probing.solver import Problem
 
 NAMES = ("ant", "bee", "cat")
 SHORT = (1.0, 0.1, 0.01)  # a grid of three
@@ -647,6 +648,24 @@ def test_neighbours_and_layers_are_calibrated_too(options, num_classes, num_val)
     else:  # no other number makes its answers to validation likelier
         val = np.asarray(class_logits(fitted.head.apply(embeddings[data.splits.val])))
         assert fit_temperature(val, labels[data.splits.val]) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("num_val", [0, 30])
+def test_the_linear_head_is_calibrated_by_its_out_of_fold_answers(num_val, several):
+    """One number, fitted on answers to training rows alone, divides the weights of the certified optimum."""
+    embeddings, labels, splits = arrays(num_val=num_val)
+    targets = np.stack([labels == 0, labels > 0, embeddings[:, 0] > 5], axis=1) if several else labels
+    data, fitted, metrics = run(config(penalties=(1e-3,)), embeddings, targets, splits)
+    temperature = metrics["temperature"]
+    train = data.splits.train
+    assert temperature != 1
+    assert fit_temperature(fitted.out_of_fold, targets[train]) == pytest.approx(temperature, rel=1e-4)
+    rows = np.concatenate([train, data.splits.val])
+    scaling = Scaling.of(embeddings[rows], "standard")
+    exact = Problem(scaling.apply(embeddings[rows]), targets[rows], 3).fit(metrics["penalty"])
+    saved = fitted.head.params["kernel"] * temperature
+    np.testing.assert_allclose(saved, scaling.fold(exact.params)["kernel"], rtol=1e-3, atol=1e-4)
 
 
 def test_no_failure_is_taken_for_a_score():

@@ -86,6 +86,32 @@ def test_same_optimum_over_random_problems(
     assert ours.objective <= theirs.objective * (1 + 1e-3)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    num_classes=st.sampled_from([2, 6]),  # each is compiled anew, and so is that of several labels
+    several=st.booleans(),
+    condition=st.floats(0, 4),
+    penalty=st.floats(-6, 4),
+    shift=st.floats(0, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_well_conditioned_problems_converge(num_classes, several, condition, penalty, shift, seed):
+    """No certificate that says why not: to the optimum, with deviations four decades apart at most."""
+    rng = np.random.default_rng(seed)
+    num_classes = 6 if several else num_classes
+    labels = np.arange(60) % num_classes
+    basis = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
+    features = rng.normal(size=(60, WIDTH)) + shift * rng.normal(size=(num_classes, WIDTH))[labels]
+    features = (features * np.logspace(0, -condition, WIDTH)) @ basis
+    features = (features - features.mean(axis=0)).astype(np.float32)
+    targets = np.eye(num_classes, dtype=bool)[labels] ^ (rng.random((60, num_classes)) < 0.1) if several else labels
+    solver = Problem(features, targets, num_classes)
+    ours = solver.fit(10.0**penalty)
+    theirs = solve_with_sklearn(solver, features, targets, 10.0**penalty, tolerance=1e-12)
+    assert ours.converged
+    assert ours.objective <= theirs.objective * (1 + 1e-6)
+
+
 def test_several_labels_a_row_are_independent_problems():
     features, labels = problem(3)
     sets = np.stack([labels == 0, labels != 1, features[:, 2] > 0], axis=1)
@@ -206,10 +232,19 @@ def test_without_a_penalty_separable_classes_have_no_optimum(num_classes):
         Problem(features, labels, num_classes).fit(0.0)
 
 
+def test_without_a_penalty_one_separable_class_is_enough():
+    """The weights of class 0 grow for ever; those of 1 and 2, which overlap, do not."""
+    features, labels = problem(3)
+    features[:, 0] = np.random.default_rng(5).normal(size=60) + 10 * (labels == 0)
+    with pytest.raises(NumericalError, match="can be separated"):
+        Problem(features - features.mean(axis=0), labels, 3).fit(0.0)
+
+
 def test_without_a_penalty_overlapping_classes_have_one():
     features, _ = problem(2)
-    labels = np.random.default_rng(1).integers(0, 2, 60)
-    assert Problem(features, labels, 2).fit(0.0).converged
+    for num_classes in (2, 3):
+        labels = np.random.default_rng(1).integers(0, num_classes, 60)
+        assert Problem(features, labels, num_classes).fit(0.0).converged
 
 
 def test_solving_leaves_the_rest_in_float32():

@@ -123,7 +123,11 @@ class RowScores:
 
 
 def beyond(penalties: np.ndarray, best: int) -> np.ndarray:
-    """The next values of λ past the edge of a grid, [L] falling in equal ratios, if the best is there; else none."""
+    """The next values of λ past the edge of a grid, [L] falling in equal ratios, if the best is there; else none.
+
+    `best` is the choice of all rows, those of a part that is judged later by a choice without it among them: they have
+    a say in how far the grid reaches, and none in which of its λ is taken for them.
+    """
     if best not in (0, len(penalties) - 1) or len(penalties) < 2:
         return np.zeros(0)
     ratio = penalties[1] / penalties[0]

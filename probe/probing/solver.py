@@ -291,23 +291,30 @@ class Problem:
         return head.T[:, :, None] if self._multi_label else head[None]
 
     def _check_not_separated(self, weights: np.ndarray) -> None:
-        """Raises NumericalError if these heads answer every row rightly: larger ones would do so at less loss."""
-        separated = np.ones(len(weights), bool)
+        """Raises NumericalError if larger heads than these would lose less: they answer every row rightly, or a part of
+        them parts one class from all others, so that its weights grow for ever even where the others overlap."""
+        lanes, num_outputs = len(weights), self._num_outputs
+        separated = np.ones(lanes, bool)
+        # Of a class its logit less the mean of all: the least on its own rows, the highest on others
+        own, others = np.full((lanes, num_outputs), np.inf), np.full((lanes, num_outputs), -np.inf)
         for at, part in pieces(self._features, _STREAMED):
             real = self._weights[at] > 0
             features, labels = part[real].astype(np.float32), self._labels[at[real]]
             for lane, head in enumerate(weights):
                 logits = features @ head[:-1] + head[-1]
-                if self._num_outputs == 1:
+                if num_outputs == 1:
                     separated[lane] &= np.all(((logits[:, 0] > 0) == labels[:, lane]) & (logits[:, 0] != 0))
-                else:
-                    true = np.take_along_axis(logits, labels[:, None], axis=1)
-                    separated[lane] &= np.all((logits >= true).sum(axis=1) == 1)
-            if not separated.any():
+                    continue
+                true = np.take_along_axis(logits, labels[:, None], axis=1)
+                separated[lane] &= np.all((logits >= true).sum(axis=1) == 1)
+                scores, is_own = logits - logits.mean(axis=1, keepdims=True), labels[:, None] == np.arange(num_outputs)
+                own[lane] = np.minimum(own[lane], np.where(is_own, scores, np.inf).min(axis=0, initial=np.inf))
+                others[lane] = np.maximum(others[lane], np.where(is_own, -np.inf, scores).max(axis=0, initial=-np.inf))
+            if not separated.any() and (num_outputs == 1 or not (own > others).any()):
                 return
         raise NumericalError(
-            "the classes can be separated, so at λ = 0 the weights grow for ever and there is no optimum. "
-            "Give a λ above 0."
+            "the classes can be separated, or one of them from the rest, so at λ = 0 the weights grow for ever and there "
+            "is no optimum. Give a λ above 0."
         )
 
     def _add_to_folds(self, features: np.ndarray, folds: np.ndarray, used: np.ndarray) -> None:
