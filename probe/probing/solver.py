@@ -313,8 +313,8 @@ class Problem:
             if not separated.any() and (num_outputs == 1 or not (own > others).any()):
                 return
         raise NumericalError(
-            "the classes can be separated, or one of them from the rest, so at λ = 0 the weights grow for ever and there "
-            "is no optimum. Give a λ above 0."
+            "the classes can be separated, or one of them from the rest, so at λ = 0 the weights grow for ever and "
+            "there is no optimum. Give a λ above 0."
         )
 
     def _add_to_folds(self, features: np.ndarray, folds: np.ndarray, used: np.ndarray) -> None:
