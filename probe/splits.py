@@ -147,7 +147,7 @@ def check_classes(labels: np.ndarray, rows: dict[str, np.ndarray], class_names: 
             f"train has {_quote(present['train'])}. Add training examples of them, or take them out."
         )
     if labels.ndim == 2 and (in_all := labels[rows["train"]].all(axis=0)).any():
-        everywhere = {class_names[label] for label in np.flatnonzero(in_all)}
+        everywhere = {class_names[label] for label in np.flatnonzero(in_all).tolist()}
         raise InputError(
             f"every training row has {_quote(everywhere)}, so nothing tells what it looks like not to have it. Take it "
             "out, or add training examples without it."
