@@ -83,6 +83,13 @@ def test_the_same_losses_with_augmented_views(config, tmp_path):
     assert losses[0][2] != losses[1][2]  # the third epoch has the first one's pictures again, or new ones
 
 
+def test_a_resnet_whose_blocks_are_all_frozen_has_no_parameters_left(config, tiny_resnet, tmp_path):
+    config = dataclasses.replace(config, backbone=str(tiny_resnet), unfreeze_last=None, backbone_lr=0.0)
+    runs = with_and_without(config, tmp_path)
+    assert runs[0][0]["cached_prefix"]["num_blocks"] == 3
+    assert_same_training(runs, 1e-5)
+
+
 def test_the_head_alone_trains_on_what_the_pooler_reads(config, tmp_path):
     folder = tmp_path / "activations"
     config = dataclasses.replace(config, unfreeze_last=None, backbone_lr=0.0, precision="bfloat16")

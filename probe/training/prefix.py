@@ -220,7 +220,7 @@ class FrozenPrefix:
         table = self._tables["plain"]
         suffix = make_suffix(self._backbone.config, self.num_blocks)
         made = jax.eval_shape(suffix.init, jax.random.key(0), jnp.zeros((1, *table.shape)))
-        read = {("backbone", *path) for path in traverse_util.flatten_dict(made["params"])}
+        read = {("backbone", *path) for path in traverse_util.flatten_dict(made.get("params", {}))}
         kept = {
             path: leaf
             for path, leaf in traverse_util.flatten_dict(frozen).items()
