@@ -25,7 +25,7 @@ from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import class_logits
 from probe.probing.convex import fit_convex
 from probe.probing.features import Features, Stream, pieces
-from probe.probing.fewer import curve_warnings, few_shot, learning_curve
+from probe.probing.fewer import curve_warnings, few_shot, head_warnings, learning_curve
 from probe.probing.knn import fit_knn
 from probe.probing.mlp import fit_mlp
 from probe.probing.prompts import class_directions, zero_shot_head
@@ -233,9 +233,11 @@ def fit_data(
     extra: dict[str, Any] = {}
     if config.shots:
         extra["few_shot"] = few_shot(config, data, report)
+        notes = [*notes, *head_warnings("few shots", extra["few_shot"])]
     if config.learning_curve:
         extra["learning_curve"] = learning_curve(config, data, report)
-        notes = [*notes, *curve_warnings(extra["learning_curve"])]
+        curve = extra["learning_curve"]
+        notes = [*notes, *curve_warnings(curve), *head_warnings("the learning curve", curve["points"])]
     warnings = [*notes, *fitted.warnings]
     return fitted, {
         "splits": figures,

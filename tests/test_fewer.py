@@ -8,7 +8,7 @@ import pytest
 
 from probe.errors import InputError
 from probe.linear import describe, fit_data, make_data
-from probe.probing.fewer import draw, extrapolate, few_shot, learning_curve
+from probe.probing.fewer import draw, extrapolate, few_shot, head_warnings, learning_curve
 from tests.test_linear import NAMES, SHORT, arrays, config
 
 
@@ -101,3 +101,20 @@ def test_a_curve_without_an_interval_says_so():
     assert any("the learning curve has no interval" in warning for warning in metrics["warnings"])
     assert "180 labels, expected" in describe(metrics)
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+
+
+def test_one_shot_heads_heed_class_weights():
+    """A class that weighs nearly nothing is hardly ever answered, and its accuracy goes to the others."""
+    accuracies = []
+    for weight in ("0.000001", "1"):
+        options, data = make(shots=(1,), class_weights=(f"bee={weight}",))
+        of_bees = np.array([row for row in data.splits.test if data.labels[row] == 1])
+        data = dataclasses.replace(data, splits=dataclasses.replace(data.splits, test=of_bees))
+        accuracies.append(few_shot(options, data)[0]["accuracy"])
+    assert accuracies[0] < accuracies[1]
+
+
+def test_heads_that_did_not_converge_are_told_of():
+    lines = [{"accuracies": [0.5, 0.5], "num_unconverged": 1}, {"accuracies": [0.5, 0.5], "num_unconverged": 0}]
+    assert head_warnings("few shots", lines) == ["1 of 4 fits of few shots did not converge: raise λ with --penalties"]
+    assert not head_warnings("few shots", lines[1:])

@@ -56,7 +56,7 @@ def fit_convex(config: FitLinearConfig, data: Data, report: Report = silent) -> 
     searches = [_search(config, data, *candidate, report) for candidate in candidates]
     which, best = _choose(config, data, [search.curve for search in searches])
     chosen = searches[which]
-    out_of_fold = _out_of_fold(config, data, chosen, best, report)
+    out_of_fold, num_stopped = _out_of_fold(config, data, chosen, best, report)
     temperature = _temperature(out_of_fold, data.labels[data.splits.train])
     solution, features_of = _final(config, data, chosen, best, report)
     calibrated = {name: value / temperature for name, value in solution.params.items()}
@@ -99,7 +99,7 @@ def fit_convex(config: FitLinearConfig, data: Data, report: Report = silent) -> 
                 for s in searches
             ],
         },
-        warnings=(*_unjudged(chosen, judged), *_warnings(chosen, best, solution)),
+        warnings=(*_unjudged(chosen, judged), *_warnings(config, searches, chosen, best, solution, num_stopped)),
     )
 
 
@@ -257,16 +257,18 @@ def _judged_by_halves(config: FitLinearConfig, data: Data, searches: list[_Searc
     return judged
 
 
-def _out_of_fold(config: FitLinearConfig, data: Data, chosen: _Search, best: int, report: Report) -> np.ndarray:
-    """[N train, C] at the λ chosen. With a given validation split, the folds are fitted now, from train's head; where
-    none can be left out, all are NaN."""
+def _out_of_fold(
+    config: FitLinearConfig, data: Data, chosen: _Search, best: int, report: Report
+) -> tuple[np.ndarray, int]:
+    """[N train, C] at the λ chosen, and how many fits made for it did not converge. With a given validation split, the
+    folds are fitted now, from train's head; where none can be left out, all are NaN."""
     train = data.splits.train
     folds, features, heads = data.folds[train], chosen.features[: len(train)], chosen.path.heads[best]
-    left_out = chosen.left_out
+    left_out, num_stopped = chosen.left_out, 0
     if data.splits.val_is_given:
         left_out = sorted(set(folds.tolist()) - {-1})
         if not left_out:
-            return np.full((len(train), data.num_classes), np.nan, np.float32)
+            return np.full((len(train), data.num_classes), np.nan, np.float32), 0
         weights = row_weights(config, data, train)
         problem = Problem(
             features,
@@ -282,8 +284,9 @@ def _out_of_fold(config: FitLinearConfig, data: Data, chosen: _Search, best: int
         def watch(num_done: int, num_fits: int, _passes: int) -> None:
             report("fitting without each fold", num_done, num_fits, "fits")
 
-        heads = problem.path([penalty], left_out, start=np.repeat(heads, len(left_out), axis=0), watch=watch).heads[0]
-    return _logits_by_fold(data, features, folds, dict(zip(left_out, heads, strict=True)))
+        path = problem.path([penalty], left_out, start=np.repeat(heads, len(left_out), axis=0), watch=watch)
+        heads, num_stopped = path.heads[0], int((~path.converged).sum())
+    return _logits_by_fold(data, features, folds, dict(zip(left_out, heads, strict=True))), num_stopped
 
 
 def _final_rows(config: FitLinearConfig, data: Data) -> np.ndarray:
@@ -337,8 +340,12 @@ def _unjudged(chosen: _Search, judged: np.ndarray) -> tuple[str, ...]:
     )
 
 
-def _warnings(chosen: _Search, best: int, solution: Solution) -> tuple[str, ...]:
+def _warnings(
+    config: FitLinearConfig, searches: list[_Search], chosen: _Search, best: int, solution: Solution, num_stopped: int
+) -> tuple[str, ...]:
+    """What a person should know of the fits. num_stopped: of those without each fold, how many did not converge."""
     found = [*edge_warning(chosen.penalties, best)]
+    or_standardise = "" if chosen.kind == "standard" else ", or standardise the features"
     fits = chosen.path.converged
     if not fits.all():
         near = fits[max(best - 1, 0) : best + 2]
@@ -349,11 +356,25 @@ def _warnings(chosen: _Search, best: int, solution: Solution) -> tuple[str, ...]
         )
         found.append(
             f"{int((~fits).sum())} of {fits.size} fits that choose λ did not converge, {touched}: "
-            "leave out the smallest λ with --penalties, or standardise the features"
+            f"leave out the smallest λ with --penalties{or_standardise}"
+        )
+    for search in searches:
+        if search is not chosen and not search.path.converged.all():
+            stopped = ~search.path.converged
+            found.append(
+                f"{int(stopped.sum())} of {stopped.size} fits of {search.view} {search.kind}{_of(search.strength)}, "
+                "which was not chosen, did not converge, so that it may be better than it looks: leave out the "
+                "smallest λ with --penalties"
+            )
+    if num_stopped:
+        found.append(
+            f"{num_stopped} of the fits without each fold did not converge, so that answers to training rows and the "
+            f"temperature are not quite those of the optimum: raise λ with --penalties{or_standardise}"
         )
     if not solution.converged:
+        better = "use --solver lbfgs" if config.solver == "sklearn" else f"raise λ with --penalties{or_standardise}"
         found.append(
-            f"the final fit did not converge: its objective is some {solution.gap:.1e} above the optimum "
-            f"of {solution.objective:.6g}. Raise λ with --penalties, or standardise the features"
+            f"the final fit did not converge: its objective, {solution.objective:.6g}, is some {solution.gap:.1e} "
+            f"above the optimum: {better}"
         )
     return tuple(found)

@@ -17,7 +17,7 @@ from probe.config import FitLinearConfig
 from probe.errors import InputError
 from probe.heads import TrainedHead, class_logits
 from probe.probing.convex import fit_convex
-from probe.probing.protocol import Data, Report, silent
+from probe.probing.protocol import Data, Report, row_weights, silent
 from probe.probing.scaling import Scaling
 from probe.probing.solver import Problem
 from probe.splits import Splits, assign_folds
@@ -54,11 +54,11 @@ def few_shot(config: FitLinearConfig, data: Data, report: Report = silent) -> li
     table: list[dict[str, Any]] = []
     for shots in config.shots:
         counts = np.full(data.num_classes, shots)
-        accuracies = []
+        heads = []
         for i in range(config.seeds):
             report("few shots", len(table) * config.seeds + i, len(config.shots) * config.seeds, "heads")
-            accuracies.append(float(_hits(config, data, counts, config.seed + i).mean()))
-        table.append({"shots": shots, **_summary(accuracies)})
+            heads.append(_hits(config, data, counts, config.seed + i))
+        table.append({"shots": shots, **_summary(heads)})
     return table
 
 
@@ -75,19 +75,26 @@ def learning_curve(config: FitLinearConfig, data: Data, report: Report = silent)
     for step in reversed(range(_STEPS)):
         counts = np.maximum(available // 2**step, np.minimum(available, 2))
         if not points or counts.sum() > points[-1]["n"]:
-            hits = []
+            heads = []
             for i in range(config.seeds):
                 report("learning curve", len(points) * config.seeds + i, None, "heads")
-                hits.append(_hits(config, data, counts, config.seed + i))
-            every.append(hits)
-            points.append({"n": int(counts.sum()), **_summary([float(of_seed.mean()) for of_seed in hits])})
+                heads.append(_hits(config, data, counts, config.seed + i))
+            every.append([hits for hits, _ in heads])
+            points.append({"n": int(counts.sum()), **_summary(heads)})
     sizes = np.array([point["n"] for point in points], float)
     extrapolation = extrapolate(sizes, np.array(every), sizes[-1] * np.array([2, 4]), config.seed)
     return {"points": points, "extrapolation": extrapolation}
 
 
+def head_warnings(what: str, lines: Sequence[dict[str, Any]]) -> list[str]:
+    """What a person should know of the heads of a table's lines."""
+    stopped = sum(line["num_unconverged"] for line in lines)
+    every = sum(len(line["accuracies"]) for line in lines)
+    return [f"{stopped} of {every} fits of {what} did not converge: raise λ with --penalties"] if stopped else []
+
+
 def curve_warnings(curve: dict[str, Any]) -> list[str]:
-    """What a person should know of a `learning_curve`."""
+    """What a person should know of how sure a `learning_curve` is."""
     points = curve["points"]
     if _enough(len(points), len(points[0]["accuracies"])):
         return []
@@ -138,8 +145,9 @@ def _power_law(sizes: np.ndarray, errors: np.ndarray, wanted: np.ndarray) -> np.
     return np.asarray(floor + slope * (wanted / sizes[-1]) ** -rate)
 
 
-def _hits(config: FitLinearConfig, data: Data, counts: np.ndarray, seed: int) -> np.ndarray:
-    """[J] bool: which of the rows to judge on the head that the drawn rows alone give answers rightly."""
+def _hits(config: FitLinearConfig, data: Data, counts: np.ndarray, seed: int) -> tuple[np.ndarray, bool]:
+    """[J] bool: which of the rows to judge on the head that the drawn rows alone give answers rightly; and whether its
+    fit converged."""
     train = data.splits.train[draw(data.labels[data.splits.train], counts, seed)]
     judged = data.splits.test if len(data.splits.test) else data.splits.val
     if not len(judged):
@@ -150,25 +158,31 @@ def _hits(config: FitLinearConfig, data: Data, counts: np.ndarray, seed: int) ->
     folds[train], _ = assign_folds(data.labels[train], groups, min(config.folds, len(train)), seed=seed)
     if (folds[train] >= 0).any():
         fitted = fit_convex(config, dataclasses.replace(data, splits=splits, folds=folds))
-        view, head = fitted.view, fitted.head
+        view, head, converged = fitted.view, fitted.head, bool(fitted.facts["solution"]["converged"])
     else:
-        view, head = config.views[0], _fit_without_choice(config, data, train)
+        view = config.views[0]
+        head, converged = _fit_without_choice(config, dataclasses.replace(data, splits=splits))
     logits = np.asarray(class_logits(head.apply(data.in_memory(view)[judged])))
-    return np.asarray(logits.argmax(axis=1) == data.labels[judged])
+    return np.asarray(logits.argmax(axis=1) == data.labels[judged]), converged
 
 
-def _fit_without_choice(config: FitLinearConfig, data: Data, rows: np.ndarray) -> TrainedHead:
-    """One row of each class: none can be left out, and λ is the features' mean variance."""
+def _fit_without_choice(config: FitLinearConfig, data: Data) -> tuple[TrainedHead, bool]:
+    """One row of each class: none can be left out, and λ is the features' mean variance. And whether it converged."""
+    rows = data.splits.train
     embeddings = data.in_memory(config.views[0])[rows]
     scaling = Scaling.of(embeddings, config.scalings[0])
-    problem = Problem(scaling.apply(embeddings), data.labels[rows], data.num_classes)
-    return TrainedHead((), scaling.fold(problem.fit(problem.mean_variance).params))
+    weights = row_weights(config, data, rows)
+    problem = Problem(scaling.apply(embeddings), data.labels[rows], data.num_classes, weights=weights)
+    solution = problem.fit(problem.mean_variance)
+    return TrainedHead((), scaling.fold(solution.params)), solution.converged
 
 
-def _summary(accuracies: Sequence[float]) -> dict[str, Any]:
+def _summary(heads: Sequence[tuple[np.ndarray, bool]]) -> dict[str, Any]:
+    accuracies = [float(hits.mean()) for hits, _ in heads]
     several = len(accuracies) > 1
     return {
         "accuracy": float(np.mean(accuracies)),
         "deviation": float(np.std(accuracies, ddof=1)) if several else None,
-        "accuracies": list(accuracies),
+        "accuracies": accuracies,
+        "num_unconverged": sum(not converged for _, converged in heads),
     }
