@@ -11,7 +11,8 @@ Cases:
 Every program gets the same centred float32 features. Compilation is not timed: programs that compile run once before.
 A program that has had 60 s is not repeated further; the table says how often each was timed. The floor of ours is its
 floating-point operations by the rates of its two matrix products as measured here. Inputs are the embeddings of a
-cache, else made: a power-law spectrum and a large common mean, as CLIP's features have.
+cache that have a label and are not test rows, else made: a power-law spectrum and a large common mean, as
+CLIP's features have.
 """
 
 import argparse
@@ -236,7 +237,8 @@ def main() -> None:
     repeats = 1 if options.quick else options.repeats
     if options.cache:
         cache = Cache.open(options.cache)
-        features, labels = cache.embeddings(), cache.table.labels
+        used = (cache.table.labels >= 0) & (cache.table.splits != "test")
+        features, labels = cache.embeddings()[used], cache.table.labels[used]
         num_rows, width, num_classes = *features.shape, len(cache.class_names)
     else:
         features, labels = make_embeddings(num_rows, width, num_classes)
