@@ -6,7 +6,6 @@ it. The measurement times one of each kind of stage of the tower, not the whole,
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from probe.backbones.tower import Stage
 from probe.backbones.vit import ViTConfig
 from probe.devices import by_rows, check_divides, data_mesh, whole
 from probe.errors import ConfigError
+from probe.machine import memory_bytes
 
 DEFAULT_BATCH_SIZE = 32
 LEAST_COSINE = 0.9999  # of bfloat16 to float32, below which `auto` does not take it
@@ -182,7 +182,7 @@ def _check_memory(compiled: Any, stages: list[Stage]) -> None:
     needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     needed += sum(leaf.nbytes for stage in stages for leaf in jax.tree.leaves(stage.weights))
     statistics = jax.devices()[0].memory_stats() or {}
-    memory = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = statistics.get("bytes_limit") or memory_bytes()
     if needed > _MEMORY_SHARE * memory:
         raise _TooLargeError
 

@@ -47,7 +47,7 @@ from probe.estimate import describe_estimate, estimate, spread
 from probe.images import ImageError, ImageLoader, LoadedImage, load_image
 from probe.machine import count_flops, matmul_rate
 from probe.progress import Progress
-from probe.sources import Columns, Example, Source, check_labels, display_name, open_source
+from probe.sources import Columns, Example, Source, check_labels, display_name, list_names, open_source
 from probe.sources.origin import describe_origin
 from probe.stages import StageTimes, describe_stages
 from probe.storage import is_remote
@@ -522,7 +522,7 @@ def _describe_counts(counts: dict[str, dict[str, int]]) -> list[str]:
     lines = []
     for split, by_class in counts.items():
         there = {display_name(name): num for name, num in by_class.items() if num}
-        missing = [display_name(name) for name, num in by_class.items() if not num]
+        missing = [name for name, num in by_class.items() if not num]
         heading = f"{split or 'no split'}: {sum(there.values()):,} labels"
         if len(there) > _CLASSES_SHOWN:
             lines.append(
@@ -531,9 +531,8 @@ def _describe_counts(counts: dict[str, dict[str, int]]) -> list[str]:
         elif there:
             lines.append(f"{heading} ({', '.join(f'{name} {num:,}' for name, num in there.items())})")
         if there and missing:
-            more = f" and {len(missing) - _CLASSES_SHOWN} more" if len(missing) > _CLASSES_SHOWN else ""
             where = split or "what has no split"
-            lines.append(f"note: {where} has no images of {', '.join(missing[:_CLASSES_SHOWN])}{more}")
+            lines.append(f"note: {where} has no images of {list_names(missing)}")
     return lines
 
 

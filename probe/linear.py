@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from probe.errors import ConfigError, InputError
 from probe.evaluation import predictions
 from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import class_logits
+from probe.machine import memory_bytes
 from probe.probing.convex import fit_convex
 from probe.probing.features import Features, Stream, pieces
 from probe.probing.fewer import curve_warnings, few_shot, head_warnings, learning_curve
@@ -116,13 +116,14 @@ def open_embeddings(config: FitLinearConfig, cache: Cache) -> tuple[dict[str, Fe
 
     Raises: ConfigError if --max-memory says that they must be streamed, and what was asked for cannot.
     """
-    limit = _machine_memory() / 2 if config.max_memory is None else config.max_memory * 1e9
+    limit = memory_bytes() / 2 if config.max_memory is None else config.max_memory * 1e9
     needed = _COPIES * 4 * len(cache.table) * sum(cache.width(view) for view in config.views)
     streamable = config.head == "linear" and config.solver == "lbfgs" and not (config.shots or config.learning_curve)
     if needed <= limit or (not streamable and config.max_memory is None):
         return {view: cache.embeddings(view) for view in config.views}, []
+    limited_by = "half of this machine's memory" if config.max_memory is None else "--max-memory"
     too_large = (
-        f"a fit of all embeddings takes some {needed / 1e9:.2g} GB of memory, and --max-memory is {limit / 1e9:.2g}"
+        f"a fit of all embeddings takes some {needed / 1e9:.2g} GB of memory, and {limited_by} is {limit / 1e9:.2g}"
     )
     if not streamable:
         raise ConfigError(
@@ -134,16 +135,6 @@ def open_embeddings(config: FitLinearConfig, cache: Cache) -> tuple[dict[str, Fe
         view: Stream(functools.partial(cache.blocks, view), every, cache.width(view)) for view in config.views
     }
     return streams, [f"{too_large}: they are read anew for each pass, and scikit-learn's baseline is left out"]
-
-
-def _machine_memory() -> int:
-    """Bytes: of the machine, or what a container may take of it."""
-    every = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return every
-    return min(every, int(limit)) if limit.isdigit() else every
 
 
 def make_data(

@@ -1,7 +1,9 @@
-"""What this machine can do: matrix products a second in each precision, measured, and what a program asks of it."""
+"""What this machine has and can do: its memory, matrix products a second as measured, and what a program asks of it."""
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,16 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 _MEASURING_SECONDS = 0.4  # for one precision
 _LONG_ENOUGH = 0.02  # seconds of one product, beside which what calling it costs is nothing
 _ROWS, _INNER, _COLUMNS = 1600, 768, 3072  # of ViT-B/32's first MLP product, 32 images: wide enough for any CPU
+
+
+def memory_bytes() -> int:
+    """Of the machine, or what a container may take of it."""
+    every = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return every
+    return min(every, int(limit)) if limit.isdigit() else every
 
 
 def matmul_rate(precision: str, device: jax.Device | None = None) -> float:

@@ -59,12 +59,14 @@ def hardware() -> dict[str, Any]:
     """The machine and the devices that jax computes on."""
     import jax
 
+    from probe.machine import memory_bytes
+
     devices = jax.devices()
     return {
         "system": platform.platform(),
         "processor": _processor(),
         "num_cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "device": devices[0].device_kind,
         "num_devices": len(devices),
     }

@@ -170,14 +170,22 @@ def history_charts(metrics: Mapping[str, Any]) -> list[Chart]:
     return charts
 
 
+def _spread(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One deviation to either side of each accuracy; nothing where single draws have none."""
+    if any(point["deviation"] is None for point in points):
+        return {}
+    return {
+        "low": [point["accuracy"] - point["deviation"] for point in points],
+        "high": [point["accuracy"] + point["deviation"] for point in points],
+    }
+
+
 def learning_charts(metrics: Mapping[str, Any]) -> list[Chart]:
     """Accuracy against the number of labels, measured and expected; and with few of each class."""
     charts = []
     curve = metrics.get("learning_curve")
     if curve:
         measured, expected = curve["points"], curve["extrapolation"]
-        deviations = [point["deviation"] for point in measured]
-        known = all(deviation is not None for deviation in deviations)
         sure = all(point["interval_95"] is not None for point in expected)
         charts.append(
             line_chart(
@@ -186,8 +194,7 @@ def learning_charts(metrics: Mapping[str, Any]) -> list[Chart]:
                         name="measured, ± deviation over draws",
                         x=[point["n"] for point in measured],
                         y=[point["accuracy"] for point in measured],
-                        low=[p["accuracy"] - p["deviation"] for p in measured] if known else (),
-                        high=[p["accuracy"] + p["deviation"] for p in measured] if known else (),
+                        **_spread(measured),
                     ),
                     Series(
                         name="expected, 95 %" if sure else "expected",
@@ -210,7 +217,6 @@ def learning_charts(metrics: Mapping[str, Any]) -> list[Chart]:
         )
     few = metrics.get("few_shot", [])
     if len(few) > 1:
-        known = all(line["deviation"] is not None for line in few)
         charts.append(
             line_chart(
                 [
@@ -218,8 +224,7 @@ def learning_charts(metrics: Mapping[str, Any]) -> list[Chart]:
                         name="accuracy",
                         x=[line["shots"] for line in few],
                         y=[line["accuracy"] for line in few],
-                        low=[line["accuracy"] - line["deviation"] for line in few] if known else (),
-                        high=[line["accuracy"] + line["deviation"] for line in few] if known else (),
+                        **_spread(few),
                     )
                 ],
                 title="Accuracy with few labels of each class",
