@@ -1,22 +1,18 @@
 """`probe embed`: runs the backbone once over every image and caches the embeddings.
 
-A plan lists the images; what no earlier run knows is cut into slices, each of which becomes one sealed shard.
-Images are decoded in worker processes while the device computes and a thread writes: nobody waits for the
-disk. A run that was killed continues with the first slice that is not sealed, and makes the bytes that it
+A plan lists the images; what no earlier run knows is cut into slices, each of which becomes one sealed shard (see
+`probe.share`). A run that was killed continues with the first slice that is not sealed, and makes the bytes that it
 would have made.
 """
 
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,12 +23,10 @@ from probe import interrupt
 from probe.backbones import Backbone, Precision, load_backbone
 from probe.cache import (
     CacheWriter,
-    Failure,
     Inputs,
     Manifest,
     Plan,
     check_same,
-    known_keys,
     load_manifest,
     make_inputs,
     make_manifest,
@@ -40,13 +34,13 @@ from probe.cache import (
 )
 from probe.config import EmbedConfig
 from probe.creation import NUM_COMPARED, Choice, choose
-from probe.embedding import Device, Item, RunBatch, ShardInWork, made_by, make_run_batch, memory_explained, refuse
-from probe.engines.worker import Job, describe_workers
-from probe.errors import ConfigError, FailedImagesError, InputError, StorageError
+from probe.embedding import Device, RunBatch, memory_explained
+from probe.engines.worker import describe_workers
+from probe.errors import ConfigError, InputError, StorageError
 from probe.estimate import describe_estimate, estimate, spread
-from probe.images import ImageError, ImageLoader, LoadedImage, load_image
+from probe.images import ImageError, load_image
 from probe.machine import count_flops, matmul_rate
-from probe.progress import Progress
+from probe.share import Share
 from probe.sources import Columns, Example, Source, check_labels, display_name, list_names, open_source
 from probe.sources.origin import describe_origin
 from probe.stages import StageTimes, describe_stages
@@ -58,7 +52,6 @@ if TYPE_CHECKING:
 _SHARD_ROWS_CPU, _SHARD_ROWS = 1024, 16384  # at most: of 768 float32, 3 MB and 50 MB
 _SHARD_FLOPS_CPU = 2e12  # of a shard, at which a kill or Ctrl-C costs some ten seconds of two cores' work
 _FAILURES_SHOWN, _CLASSES_SHOWN = 20, 10
-_AHEAD = 64  # images that are decoded ahead, at least
 _LONG_ENOUGH = 5.0  # seconds of running after which it is worth half a second to measure the device's rate
 _PROGRAM = 2  # raise it when the towers or the decoder give other numbers for the same weights and images
 
@@ -90,20 +83,20 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
         num_dropped = _num_dropped(config, inputs)
         writer = CacheWriter(config.out, manifest)
         plan = writer.plan(inputs, rehash=config.verify_content, retry_failed=config.retry_failed)
-        work = _Work(config, writer, plan, backbone, source, examples)
+        share = Share(config, writer, plan, backbone, source, examples, _opener(config, config.images.absolute()))
         try:
             with memory_explained(manifest.identity["batch_size"]):
-                work.run_on(workers) if workers else work.run()
+                share.run_on(workers) if workers else share.run()
         except interrupt.Interrupted as stop:
             hint = f"{len(writer.sealed(plan))} of {writer.num_shards(plan)} shards are sealed; run it again to go on"
             raise interrupt.Interrupted(stop.signum, hint) from None
     done = plan if plan.complete else writer.complete(plan)
-    summary = _summarize(config, writer, done or plan, work.num_computed, time.monotonic() - started)
+    summary = _summarize(config, writer, done or plan, share.num_computed, time.monotonic() - started)
     summary["num_dropped"] = num_dropped
     summary["left_out"] = source.ignored
     summary["workers"] = workers.summary() if workers else []
-    if work.stages is not None and work.run_batch is not None and work.num_computed:
-        summary["stages"] = _describe_use(work.stages, work.run_batch, backbone, manifest)
+    if share.stages is not None and share.run_batch is not None and share.num_computed:
+        summary["stages"] = _describe_use(share.stages, share.run_batch, backbone, manifest)
         print(describe_stages(summary["stages"]), file=sys.stderr)
     if summary["complete"] and summary["num_embedded"] == 0:
         raise InputError(
@@ -149,176 +142,6 @@ def describe(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _Work:
-    """The work of one process: its share of a plan's shards, in order."""
-
-    def __init__(
-        self,
-        config: EmbedConfig,
-        writer: CacheWriter,
-        plan: Plan,
-        backbone: Backbone,
-        source: Source,
-        examples: list[Example],
-    ) -> None:
-        self._config, self._writer, self._plan = config, writer, plan
-        self._backbone, self._source, self._examples = backbone, source, examples
-        self._numbers = range(config.shard_index, writer.num_shards(plan), config.num_shards)
-        self._older = known_keys(plan)
-        self._mine: set[bytes] = set()  # keys in this process's own earlier shards of this plan
-        self._num_failed = 0
-        self._counting = threading.Lock()  # of _num_failed, for images fail in two threads
-        self._finishing: ShardInWork | None = None  # the shard before, whose last batches are being computed
-        self._sealing: Future[None] | None = None  # its way to the disk
-        self.num_computed = 0
-        self.run_batch: RunBatch | None = None
-        self.stages: StageTimes | None = None  # where the time went, if there was anything to do
-
-    def run(self) -> None:
-        """Makes every shard of this share that is not sealed yet."""
-        for row, reason, detail in self._plan.failures:
-            self._count(Failure(self._plan.inputs.names[row], reason, detail))
-        sealed = self._writer.sealed(self._plan)
-        todo = [number for number in self._numbers if number not in sealed]
-        total = sum(len(self._writer.shard_rows(self._plan, number)) for number in todo)
-        if not total:
-            for number in self._numbers:
-                self._learn(number)
-            return
-        precision = Precision.from_json(self._writer.manifest.identity["precision"])
-        batch_size = self._writer.manifest.identity["batch_size"]
-        loader = ImageLoader(
-            self._backbone.preprocessing,
-            num_workers=self._config.num_workers,
-            max_pixels=self._config.max_pixels,
-            skip_keys=self._is_known,
-        )
-        with Progress("embedding", total=total, unit="images") as progress, ThreadPoolExecutor(1) as disk:
-            next_number = iter(self._numbers)
-            with loader:  # which ends its processes, whatever happens
-                loader.start()  # they import NumPy while the weights go to the device
-                self.run_batch = run_batch = make_run_batch(self._backbone, precision)
-                made_here = made_by(Device.here())
-                self.stages = stages = StageTimes()
-                # while one batch is fetched the next is decoded
-                images = loader.load(self._items(stages), ahead=max(_AHEAD, 2 * batch_size))
-                for number, slice_of_images in itertools.groupby(stages.waited(images), _number):
-                    for earlier in next_number:
-                        if earlier == number:
-                            break
-                        self._learn(earlier)
-                    shard = ShardInWork(
-                        run_batch,
-                        batch_size=batch_size,
-                        dtype=self._writer.manifest.identity["stored_dtype"],
-                        on_failure=self._count,
-                        stages=stages,
-                    )
-                    for image in slice_of_images:
-                        interrupt.check()
-                        stages.files_s += image.read_s
-                        stages.decode_s += image.decode_s
-                        shard.add(image, self._is_certainly_known)
-                        progress.advance(1)
-                    shard.send_rest()
-                    self._await_sealing(stages)
-                    self._finishing = shard
-                    self._sealing = disk.submit(self._finish, shard, number, made_here, stages)
-            for later in next_number:
-                self._learn(later)
-            self._await_sealing(stages)
-        stages.stop()
-
-    def _finish(self, shard: ShardInWork, number: int, made_here: dict[str, str], stages: StageTimes) -> None:
-        """What is left to do for a shard once all is sent: done in a thread, while the next one is computed."""
-        contents = shard.finish()
-        self._mine.update(key.tobytes() for key in contents.keys)
-        self.num_computed += len(contents.keys)
-        with stages.timed("write_s"):
-            self._writer.seal(self._plan, number, contents, made_here)
-
-    def _await_sealing(self, stages: StageTimes) -> None:
-        """Waits until the shard before is on the disk: a full one is heard of here, at most one shard late."""
-        if self._sealing is None or self._finishing is None:
-            return
-        with stages.timed("device_wait_s"):
-            self._finishing.wait()
-        with stages.timed("write_wait_s"):
-            self._sealing.result()
-        self._sealing = self._finishing = None
-
-    def _is_certainly_known(self, key: bytes) -> bool:
-        """As `_is_known`; but of a key in the shard that is being finished it is not known yet, so that is awaited."""
-        if self._sealing is not None and self._finishing is not None and key in self._finishing:
-            self._sealing.result()
-        return self._is_known(key)
-
-    def run_on(self, workers: "RayWorkers") -> None:
-        """Has workers make every shard that is not sealed yet, in any order."""
-        for row, reason, detail in self._plan.failures:
-            self._count(Failure(self._plan.inputs.names[row], reason, detail))
-        sealed = self._writer.sealed(self._plan)
-        for path in sealed.values():
-            for failure in self._writer.load_sidecar(path).failures:
-                self._count(failure)
-        todo = {number: self._writer.shard_rows(self._plan, number) for number in self._numbers if number not in sealed}
-        if not todo:
-            return
-        job = Job(
-            cache=self._config.out.absolute(),
-            plan_id=self._plan.id,
-            plan_file=self._writer.plan_file(self._plan).absolute() if len(self._older) else None,
-            open_source=self._source.opener() or _opener(self._config, self._config.images.absolute()),
-            num_workers=self._config.num_workers,
-            max_pixels=self._config.max_pixels,
-            stop_at_failure=self._config.on_error == "fail",
-        )
-        shards = ((number, [self._examples[row] for row in rows]) for number, rows in todo.items())
-        with Progress("embedding", total=sum(map(len, todo.values())), unit="images") as progress:
-            for receipt in workers.make(job, shards, self._writer.sweep):
-                progress.advance(receipt.num_images)
-                self.num_computed += receipt.num_computed
-                for failure in receipt.failures:
-                    self._count(failure)
-
-    def _items(self, stages: StageTimes) -> Iterator[tuple[Item, bytes | Path | ImageError]]:
-        for number in self._numbers:
-            if self._writer.find_sealed(self._plan, number) is None:  # it may be, by now, by another process
-                examples = [self._examples[row] for row in self._writer.shard_rows(self._plan, number)]
-                contents = self._source.iter_bytes(examples)
-                while True:
-                    with stages.timed("files_s"):  # out of an archive they are read here
-                        found = next(contents, None)
-                    if found is None:
-                        break
-                    example, content = found
-                    yield Item(number, example), content
-
-    def _learn(self, number: int) -> None:
-        """Takes note of what a shard of this share holds that an earlier run, or another process, sealed."""
-        path = self._writer.find_sealed(self._plan, number)
-        assert path is not None, "passed over only because it was sealed"
-        sidecar = self._writer.load_sidecar(path)
-        self._mine.update(key.tobytes() for key in sidecar.facts.keys[sidecar.facts.rows >= 0])
-        for failure in sidecar.failures:
-            self._count(failure)
-
-    def _is_known(self, key: bytes) -> bool:
-        return key in self._mine or key in self._older
-
-    def _count(self, failure: Failure) -> None:
-        """Raises: InputError or FailedImagesError if this is one failure too many."""
-        with self._counting:
-            self._num_failed += 1
-        if self._config.on_error == "fail":
-            refuse(failure)
-        if self._config.max_failures is not None and self._num_failed > self._config.max_failures:
-            raise FailedImagesError(
-                f"{self._num_failed} images have failed, and --max-failures is {self._config.max_failures}; the last "
-                f"is {display_name(failure.name)} ({failure.reason}: {failure.detail}). What was sealed so far is kept."
-            )
-
-
 def _describe_use(stages: StageTimes, run_batch: RunBatch, backbone: Backbone, manifest: Manifest) -> dict[str, Any]:
     """The stage table and, after runs that were long enough for it to mean something, the use of the device."""
     table = stages.to_json()
@@ -349,10 +172,6 @@ def _workers(config: EmbedConfig) -> "contextlib.AbstractContextManager[RayWorke
     from probe.engines.ray import RayWorkers
 
     return RayWorkers(address=config.ray_address, num_workers=config.workers, gpus_per_worker=config.gpus_per_worker)
-
-
-def _number(image: LoadedImage[Item]) -> int:
-    return image.example.number
 
 
 def _decode_rule(config: EmbedConfig) -> Literal["exact", "fast"]:
