@@ -218,6 +218,8 @@ def fit_data(
         if len(rows):
             logits = apply_head(fitted, data, rows)
             figures[name] = summarize(logits, data.labels[rows], data.class_names, full=name != "train")
+            if name == "test":
+                fitted = dataclasses.replace(fitted, test_logits=logits)
     if fitted.val_logits is not None:
         figures["val"] = summarize(fitted.val_logits, data.labels[fitted.val_rows], data.class_names)
         figures["val"]["of"] = fitted.val_of
@@ -350,8 +352,8 @@ def _answers(data: Data, fitted: Fitted) -> dict[str, tuple[np.ndarray, np.ndarr
     if fitted.val_logits is not None and np.isin(fitted.val_rows, data.splits.val).all():
         yet_raw = np.float32(1) if fitted.val_is_calibrated else temperature
         answers["val"] = fitted.val_rows, fitted.val_logits / yet_raw
-    if len(data.splits.test):
-        answers["test"] = data.splits.test, apply_head(fitted, data, data.splits.test)
+    if fitted.test_logits is not None:
+        answers["test"] = data.splits.test, fitted.test_logits
     return answers
 
 

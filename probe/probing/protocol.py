@@ -57,8 +57,9 @@ class Fitted:
     were fitted on them nor chosen by them say of them, [n, C]; `val_of` says in words which heads, `val_is_calibrated`
     whether these logits are divided by a temperature, which must be of other rows then.
     out_of_fold: [N train, C], what heads say of training rows that they were not fitted on, before any temperature;
-    NaN where there is none. facts: what metrics.json says of the fit, JSON values; "temperature" is that of the head.
-    warnings: what a person should know.
+    NaN where there is none. test_logits: [N test, C], what the saved head says of the test rows, once it was asked.
+    facts: what metrics.json says of the fit, JSON values; "temperature" is that of the head. warnings: what a person
+    should know.
     """
 
     head: TrainedHead
@@ -69,6 +70,7 @@ class Fitted:
     facts: dict[str, Any]
     val_is_calibrated: bool = False
     out_of_fold: np.ndarray | None = None
+    test_logits: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
 
 
