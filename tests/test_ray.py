@@ -102,9 +102,10 @@ def test_workers_and_a_driver_killed_while_they_work_change_no_byte(
     while driver.poll() is None:
         making = [pid for pid, line in descendants(driver.pid).items() if line.startswith("ray::ShardWorker.make")]
         if making and len(killed) < 5:
-            os.kill(making[len(killed) % len(making)], signal.SIGKILL)
-            killed.append(making[0])
-        time.sleep(2.0)
+            killed.append(making[len(killed) % len(making)])
+            os.kill(killed[-1], signal.SIGKILL)
+            time.sleep(0.5)
+        time.sleep(0.02)  # a shard is made in less than a second: who looks seldom finds nobody at it
     output, errors = driver.communicate()
     assert driver.returncode == 0, errors
     summary = json.loads(output)
