@@ -7,15 +7,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from probe import bundle
-from probe.backbones import Precision, make_embed_fn
 from probe.config import PredictConfig
 from probe.errors import InputError
-from probe.heads import class_logits
 from probe.images import load_images
+from probe.predictor import Predictor
 from probe.progress import Progress
 from probe.sources import display_name, open_images
 from probe.spreadsheet import inert
@@ -36,7 +34,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     classifier = bundle.load(config.run)
     source = open_images(config.images)
     backbone = classifier.load_backbone(config.backbone)
-    embed_fn = make_embed_fn(backbone, (classifier.view,), Precision.from_json(classifier.backbone.precision))
+    predictor = Predictor(classifier, backbone, batch_size=config.batch_size)
     failures: list[dict[str, str]] = []
 
     def readable() -> Iterator[tuple[str, np.ndarray]]:
@@ -54,21 +52,13 @@ def predict(config: PredictConfig) -> dict[str, Any]:
                     failures.append({"path": path, "reason": image.failure.reason, "detail": str(image.failure)})
                 progress.advance(1)
 
-    def probabilities(pixels: list[np.ndarray]) -> np.ndarray:
-        """[n] images [H, W, 3] -> [n, C]."""
-        padding = [np.zeros_like(pixels[0])] * (config.batch_size - len(pixels))  # one shape, one compilation
-        embeddings = embed_fn(np.stack(pixels + padding))[classifier.view]
-        logits = classifier.head.apply(embeddings)
-        normalise = jax.nn.sigmoid if classifier.multi_label else jax.nn.softmax
-        return np.asarray(normalise(logits if classifier.multi_label else class_logits(logits)))[: len(pixels)]
-
     predictions: list[dict[str, Any]] = []
     for paths, pixels in _in_batches(readable(), config.batch_size):
-        for path, row in zip(paths, probabilities(pixels), strict=True):
+        for path, row in zip(paths, predictor(pixels).probabilities, strict=True):
             predictions.append(
                 {
                     "path": path,
-                    "predicted": _decide(row, classifier),
+                    "predicted": predictor.decide(row),
                     "probabilities": [float(p) for p in row],
                 }
             )
@@ -102,13 +92,6 @@ def _in_batches(images: Iterator[tuple[str, np.ndarray]], size: int) -> Iterator
             paths, pixels = [], []
     if paths:
         yield paths, pixels
-
-
-def _decide(probabilities: np.ndarray, classifier: bundle.Bundle) -> str | list[str]:
-    names = classifier.class_names
-    if classifier.multi_label:
-        return [name for name, p in zip(names, probabilities, strict=True) if p >= 0.5]
-    return names[int(probabilities.argmax())]
 
 
 def _csv(result: dict[str, Any]) -> bytes:

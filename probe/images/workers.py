@@ -127,6 +127,10 @@ class ImageLoader:
         """Ends the processes."""
         self._pool.close()
 
+    def submit(self, example: T, content: bytes | Path | ImageError) -> concurrent.futures.Future[LoadedImage[T]]:
+        """One image, for who waits in another way than in order; the caller bounds how many are under way."""
+        return self._pool.submit(example, content)
+
     def load(
         self, items: Iterable[tuple[T, bytes | Path | ImageError]], *, ahead: int = 64
     ) -> Iterator[LoadedImage[T]]:

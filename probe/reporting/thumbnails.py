@@ -18,7 +18,7 @@ from probe.sources.origin import reopen
 
 SIDE = 128  # pixels, of a square cut from the middle, which is what most backbones see of a picture
 _QUALITY = 60
-_PREPROCESSING = Preprocessing(
+PREPROCESSING = Preprocessing(
     resize=SIDE,
     resample=int(Image.Resampling.BICUBIC),
     crop=(SIDE, SIDE),
@@ -62,7 +62,7 @@ def load_thumbnails(
     def loaded() -> Iterator[tuple[int, np.ndarray]]:
         # A process to start costs as much as a hundred small pictures
         workers = 1 if len(examples) < 100 else num_workers
-        for image in load_images(source.iter_bytes(examples), _PREPROCESSING, num_workers=workers):
+        for image in load_images(source.iter_bytes(examples), PREPROCESSING, num_workers=workers):
             for row in rows[image.example.name]:
                 if image.pixels is not None and image.key == wanted[row][1]:
                     yield row, image.pixels
