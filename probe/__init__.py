@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from probe.compare import compare as compare_runs
     from probe.config import CompareConfig as CompareConfig
     from probe.config import EmbedConfig as EmbedConfig
+    from probe.config import ExportConfig as ExportConfig
     from probe.config import FinetuneConfig as FinetuneConfig
     from probe.config import FitLinearConfig as FitLinearConfig
     from probe.config import PredictConfig as PredictConfig
@@ -26,6 +27,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test holds 
     from probe.embed import embed as embed_images
     from probe.errors import ProbeError as ProbeError
     from probe.estimator import LinearProbe as LinearProbe
+    from probe.export import export as export_run
+    from probe.exporting.numpy_head import NumpyHead as NumpyHead
     from probe.finetune import finetune as finetune_images
     from probe.heads import Classifier as Classifier
     from probe.linear import fit_linear as fit_linear
@@ -41,15 +44,18 @@ _HOMES = {
     "Classifier": ("probe.heads", "Classifier"),
     "CompareConfig": ("probe.config", "CompareConfig"),
     "EmbedConfig": ("probe.config", "EmbedConfig"),
+    "ExportConfig": ("probe.config", "ExportConfig"),
     "FinetuneConfig": ("probe.config", "FinetuneConfig"),
     "FitLinearConfig": ("probe.config", "FitLinearConfig"),
     "LinearProbe": ("probe.estimator", "LinearProbe"),
+    "NumpyHead": ("probe.exporting.numpy_head", "NumpyHead"),
     "PredictConfig": ("probe.config", "PredictConfig"),
     "ProbeError": ("probe.errors", "ProbeError"),
     "TextEncoder": ("probe.backbones", "TextEncoder"),
     "ZeroShotConfig": ("probe.config", "ZeroShotConfig"),
     "compare_runs": ("probe.compare", "compare"),
     "embed_images": ("probe.embed", "embed"),
+    "export_run": ("probe.export", "export"),
     "finetune_images": ("probe.finetune", "finetune"),
     "fit_linear": ("probe.linear", "fit_linear"),
     "load_backbone": ("probe.backbones", "load_backbone"),

@@ -45,6 +45,7 @@ _Command = (
     | Annotated[configs.FinetuneConfig, subcommand("finetune", prefix_name=False)]
     | Annotated[configs.ZeroShotConfig, subcommand("zero-shot", prefix_name=False)]
     | Annotated[configs.PredictConfig, subcommand("predict", prefix_name=False)]
+    | Annotated[configs.ExportConfig, subcommand("export", prefix_name=False)]
     | Annotated[configs.CompareConfig, subcommand("compare", prefix_name=False)]
     | Annotated[configs.ReportConfig, subcommand("report", prefix_name=False)]
     | Annotated[configs.DoctorConfig, subcommand("doctor", prefix_name=False)]
@@ -164,6 +165,10 @@ def _verb_of(config: object) -> tuple[_Verb, _Describe]:
             from probe import predict
 
             return predict.predict, predict.describe
+        case configs.ExportConfig():
+            from probe import export
+
+            return export.export, export.describe
         case configs.CompareConfig():
             from probe import compare
 

@@ -600,6 +600,33 @@ class PredictConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a run in a form that other programs read: ONNX, StableHLO, safetensors or Hugging Face."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Run folder."""
+    format: Literal["onnx", "jax", "safetensors", "hub"]
+    """onnx: one file, images or embeddings in, logits and probabilities out. jax: a folder with the program of
+    jax.export, for CPU, GPU and TPU. safetensors: one file of weights. hub: a Hugging Face folder with a model card."""
+    out: Annotated[IfGiven[Path], arg(aliases=["--output"])] = None
+    """File or folder to write (if not given: beside the run folder, under its name)."""
+    part: Literal["whole", "head"] = "whole"
+    """whole: backbone and head, which takes images; head: the head alone, which takes embeddings."""
+    overwrite: Flag = False
+    """Replace what stands under --out."""
+    backbone: IfGiven[str] = None
+    """Where the backbone is now, if it has moved since the run was made."""
+    json: Flag = False
+    """Print what was written to stdout as JSON."""
+
+    def __post_init__(self) -> None:
+        if self.format == "hub":
+            _require(self.part == "whole", "part", "whole with --format hub", self.part)
+        if self.part == "head":
+            _require(self.backbone is None, "backbone", "left out with --part head, which needs none", self.backbone)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """Say which of two runs is better on the same rows, and whether that is more than chance."""
 

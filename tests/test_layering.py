@@ -9,13 +9,14 @@ PACKAGE = Path(__file__).parents[1] / "probe"
 VERBS = {
     f"probe.{verb}"
     for verb in (
-        "audit", "cache_tools", "cli", "compare", "demo", "doctor", "embed", "exchange", "finetune", "linear",
+        "audit", "cache_tools", "cli", "compare", "demo", "doctor", "embed", "exchange", "export", "finetune", "linear",
         "predict", "report", "zero_shot",
     )
 }  # fmt: skip
 ONLY_IMPORTERS = {
     "h5py": "probe.cache",
     "tyro": "probe.cli probe.config",
+    "onnx": "probe.exporting.onnx_file",
     "orbax": "probe.training.checkpoints",
     "tensorboardX": "probe.training.events",
     "ray": "probe.engines.ray",

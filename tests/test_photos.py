@@ -14,8 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from probe import bundle
 from probe.cache import Cache
 from probe.cli import main
+from probe.config import PredictConfig
+from probe.images import load_image
+from probe.predict import predict
 
 pytestmark = [pytest.mark.photos, pytest.mark.timeout(1200)]
 
@@ -151,3 +155,26 @@ def test_bfloat16_is_near_float32_and_moves_no_decision(
         accuracies.append(metrics_of(tmp_path / out)["splits"]["test"])
     low, high = accuracies[0]["accuracy_interval_95"]
     assert low <= accuracies[1]["accuracy"] <= high
+
+
+def test_onnx_answers_as_predict_does(shared: Path, cache: Path, tmp_path: Path) -> None:
+    """On real photos through a real ResNet-50; the largest difference of any probability is printed."""
+    runtime = pytest.importorskip("onnxruntime")
+    run, out = tmp_path / "run", tmp_path / "run.onnx"
+    assert main(["fit-linear", str(cache), "--out", str(run)]) == 0
+    assert main(["export", str(run), "--format", "onnx", "--out", str(out)]) == 0
+    photos = sorted((shared / "data" / "dogs_cats" / "test").rglob("*.jpg"))
+    preprocessing = bundle.load(run).load_backbone().preprocessing
+    images = np.stack([load_image(photo.read_bytes(), preprocessing) for photo in photos])
+    session = runtime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    parts = [session.run(None, {"images": images[i : i + 32]}) for i in range(0, len(images), 32)]
+    logits, probabilities = (np.concatenate(column) for column in zip(*parts, strict=True))
+    answers = predict(PredictConfig(run=run, images=tuple(photos)))["predictions"]
+    expected = np.array([answer["probabilities"] for answer in answers])
+    print(
+        f"{len(photos)} photos: probabilities differ by {np.abs(probabilities - expected).max():.1e} at most,", end=" "
+    )
+    known = np.log(expected[:, 1]) - np.log(expected[:, 0])
+    print(f"logits by {np.abs(logits[:, 1] - known).max():.1e} of {np.abs(known).max():.1f}")
+    assert np.abs(probabilities - expected).max() < 1e-5
+    assert (probabilities.argmax(axis=1) == expected.argmax(axis=1)).all()

@@ -97,6 +97,18 @@ def save_backbone(backbone: Backbone, folder: Path) -> None:
       folder: to be made; it appears only once it is whole. `load_backbone` reads the same back, to the bit.
     Raises: InputError if `folder` exists and is not empty; StorageError if the disk is full or fails.
     """
+    contents = {
+        CONFIG: json_bytes(published_config(backbone)),
+        _PREPROCESSOR: json_bytes(backbone.preprocessing.to_config()),
+        _SAFETENSORS: published_weights(arrays_from(backbone.variables, backbone.config)),
+    }
+    with atomic_folder(folder) as partial:
+        for name, content in contents.items():
+            (partial / name).write_bytes(content)
+
+
+def published_config(backbone: Backbone) -> dict[str, Any]:
+    """The config.json by which transformers' classes build the tower."""
     fields = config_fields(backbone.config)
     if isinstance(backbone.config, ResNetConfig):
         kind = {"architectures": ["ResNetModel"], "model_type": "resnet"}
@@ -105,15 +117,12 @@ def save_backbone(backbone: Backbone, folder: Path) -> None:
         del fields["projection_dim"]  # transformers takes no null; without the array there is no projection
     else:
         kind = {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model"}
-    arrays = arrays_from(backbone.variables, backbone.config)
-    contents = {
-        CONFIG: _json_bytes({**kind, "dtype": "float32", **fields}),
-        _PREPROCESSOR: _json_bytes(backbone.preprocessing.to_config()),
-        _SAFETENSORS: safetensors.numpy.save(arrays, metadata={"format": "pt"}),  # transformers asks for it
-    }
-    with atomic_folder(folder) as partial:
-        for name, content in contents.items():
-            (partial / name).write_bytes(content)
+    return {**kind, "dtype": "float32", **fields}
+
+
+def published_weights(arrays: dict[str, np.ndarray]) -> bytes:
+    """The content of a model.safetensors that transformers' PyTorch classes read."""
+    return bytes(safetensors.numpy.save(arrays, metadata={"format": "pt"}))  # transformers asks for it
 
 
 def parse_config(raw: Mapping[str, Any], array_names: Iterable[str]) -> Config:
@@ -282,5 +291,5 @@ def _hub_id(name: str, revision: str | None) -> tuple[str, str | None]:
     return repo_id, own_revision or revision
 
 
-def _json_bytes(content: dict[str, Any]) -> bytes:
+def json_bytes(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

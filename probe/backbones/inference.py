@@ -136,7 +136,7 @@ def _embed_patches(config: ViTConfig, weights: dict[str, Any], images: jax.Array
     expected = (config.image_size, config.image_size, config.num_channels)
     if images.shape[1:] != expected:
         raise ValueError(f"this tower takes images of {expected} (H, W, C), got {images.shape[1:]}")
-    size, batch = config.patch_size, len(images)
+    size, batch = config.patch_size, images.shape[0]
     side = config.image_size // size
     patches = images[:, : side * size, : side * size].reshape(batch, side, size, side, size, -1).swapaxes(2, 3)
     pixels = patches.reshape(batch * side * side, -1).astype(jnp.float32) - _CENTRE
