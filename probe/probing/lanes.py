@@ -34,7 +34,7 @@ _MAX_HALVINGS = 15  # of one line search, before a lane gives up at its λ
 
 @struct.dataclass
 class Path:
-    """What the lanes found at each λ, all [L, K] but `weights` [L, K, D + 1, M], whose last row is the bias.
+    """What the lanes found at each λ, all [L, K] but `weights` [L, K, M, D + 1], whose last column is the bias.
 
     gap: estimate of objective - optimum, half the Newton decrement that L-BFGS sees. held_nll [nats] and
     held_correct: sums over the rows of the lane's fold.
@@ -55,7 +55,7 @@ class State:
     """Where all lanes are between two passes.
 
     weights, sums: of the last accepted point. step, direction: the trial is weights + step · direction.
-    steps, changes [K, m, D + 1, M]: the last moves and what the data's gradient changed by."""
+    steps, changes [K, m, M, D + 1]: the last moves and what the data's gradient changed by."""
 
     weights: Any
     sums: Sums
@@ -71,7 +71,7 @@ class State:
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Inner products per lane: [K, D + 1, M] -> [K]."""
+    """Inner products per lane: [K, M, D + 1] -> [K]."""
     return jnp.asarray(jnp.sum(a * b, axis=(1, 2)))
 
 
@@ -81,7 +81,7 @@ def _per_lane(values: jax.Array) -> jax.Array:
 
 def _penalised(weights: jax.Array, penalty: jax.Array) -> jax.Array:
     """What the penalty adds to the change of the gradient over a step: λ times it, with zero for the bias."""
-    return jnp.asarray((weights * _per_lane(penalty)).at[:, -1].set(0))
+    return jnp.asarray((weights * _per_lane(penalty)).at[..., -1].set(0))
 
 
 def _pull(weights: jax.Array, lanes: Lanes, penalty: jax.Array) -> jax.Array:
@@ -90,7 +90,7 @@ def _pull(weights: jax.Array, lanes: Lanes, penalty: jax.Array) -> jax.Array:
 
 
 def _objective(weights: jax.Array, loss: jax.Array, lanes: Lanes, penalty: jax.Array) -> jax.Array:
-    return jnp.asarray(loss + penalty / 2 * jnp.sum((weights - lanes.prior)[:, :-1] ** 2, axis=(1, 2)))
+    return jnp.asarray(loss + penalty / 2 * jnp.sum((weights - lanes.prior)[..., :-1] ** 2, axis=(1, 2)))
 
 
 def _penalty(lanes: Lanes, index: jax.Array) -> jax.Array:
@@ -100,16 +100,16 @@ def _penalty(lanes: Lanes, index: jax.Array) -> jax.Array:
 
 
 def _precondition(lanes: Lanes, curvature: jax.Array, penalty: jax.Array, vectors: jax.Array) -> jax.Array:
-    """(α·S + λI)⁻¹ applied to [K, D + 1, M]."""
+    """(α·S + λI)⁻¹ applied to [K, M, D + 1]."""
     limits = np.finfo(vectors.dtype)
     tiny = float(limits.tiny) ** 0.5
     # Directions that hold nothing but rounding errors must not be blown up.
     least = float(limits.eps) * lanes.eigenvalues[-1]
     diagonal = curvature[:, None] * jnp.maximum(lanes.eigenvalues, least) + penalty[:, None] + tiny
-    rotated = jnp.einsum("de,kdm->kem", lanes.eigenvectors, vectors[:, :-1], precision="highest")
-    kernel = jnp.einsum("de,kem->kdm", lanes.eigenvectors, rotated / diagonal[:, :, None], precision="highest")
-    bias = vectors[:, -1:] / (_per_lane(curvature) + tiny)
-    return jnp.concatenate([kernel, bias], axis=1)
+    rotated = jnp.matmul(vectors[..., :-1], lanes.eigenvectors, precision="highest") / diagonal[:, None]
+    kernel = jnp.matmul(rotated, lanes.eigenvectors.T, precision="highest")
+    bias = vectors[..., -1:] / (_per_lane(curvature) + tiny)
+    return jnp.concatenate([kernel, bias], axis=-1)
 
 
 def _direction(state: State, lanes: Lanes) -> jax.Array:
@@ -148,12 +148,12 @@ def _direction(state: State, lanes: Lanes) -> jax.Array:
 
 
 def _trial_weights(state: State) -> jax.Array:
-    """[K, D + 1, M] at which the next pass is due."""
+    """[K, M, D + 1] at which the next pass is due."""
     return jnp.asarray(state.weights + _per_lane(state.step) * state.direction)
 
 
 def _start_state(lanes: Lanes, weights: jax.Array) -> State:
-    """All lanes before their first pass, at weights [K, D + 1, M]."""
+    """All lanes before their first pass, at weights [K, M, D + 1]."""
     num_penalties, num_lanes = lanes.penalties.shape
     none = jnp.zeros((num_penalties, num_lanes), weights.dtype)
     count = jnp.zeros(num_lanes, jnp.int32)
@@ -285,7 +285,7 @@ def walk(
     """All lanes down their paths.
 
     Args:
-      start: [K, D + 1, M]. gap_tolerance: of the gap that L-BFGS sees, and bound_tolerance of the one that is proven,
+      start: [K, M, D + 1]. gap_tolerance: of the gap that L-BFGS sees, and bound_tolerance of the one that is proven,
         as shares of the objective. target_norm: [K] of the gradient. max_iterations: at one λ.
       watch: told now and then how many of the L × K fits are done.
     """
@@ -328,7 +328,7 @@ _after_pass = jax.jit(_advance)
 
 
 def gradient(rows: Rows | StreamedRows, lanes: Lanes, weights: Any) -> jax.Array:
-    """Gradient [K, D + 1, M] of the loss, without the penalty."""
+    """Gradient [K, M, D + 1] of the loss, without the penalty."""
     sums = _whole_pass(rows, lanes, weights) if isinstance(rows, Rows) else evaluate(rows, lanes, jnp.asarray(weights))
     grad: jax.Array = sums.grad
     return grad

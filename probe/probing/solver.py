@@ -28,7 +28,7 @@ from probe.probing.features import Features, Stream, pieces
 from probe.probing.lanes import Path, Watch, gradient, walk
 from probe.probing.passes import NOTHING, Lanes, Rows, StreamedRows
 
-_CHUNK = 2048  # rows whose logits for 500 columns (4 MB) stay in the cache: 172 GFLOP/s; 138 with 8,192
+_CHUNK = 1024  # rows whose logits for 500 columns (2 MB) stay in the cache: 377 GFLOP/s; 310 with 4,096
 _STREAMED = 512  # rows at a time where memory is short: with 1,024 features a pass in float64 takes some 30 MB
 _PROVEN = 1e-6  # share of the objective by which a converged fit may be above the optimum, proven by its gradient
 
@@ -123,7 +123,7 @@ class Problem:
         self._weights = np.ones(num_rows) if weights is None else weights
         self._folds = np.zeros(num_rows, np.int32) if folds is None else folds
         self._features, self._standardise_folds = features, standardise_folds
-        self._prior = np.zeros((1, 1, 1)) if prior is None else np.pad(prior, ((0, 1), (0, 0)))[None]
+        self._prior = np.zeros((1, 1, 1)) if prior is None else np.pad(prior.T, ((0, 0), (0, 1)))[None]
         self._multi_label = labels.ndim == 2
         self._num_outputs = 1 if self._multi_label else num_logits(num_classes)
         self._num_labels = num_classes if self._multi_label else 1
@@ -177,7 +177,7 @@ class Problem:
         ratio = self._ratios(left_out)
         lanes = self._lanes(np.asarray(penalties, np.float64)[:, None], np.asarray(left_out), ratio, np.float32)
         num_folds, num_lanes = len(left_out), lanes.penalties.shape[1]
-        weights = np.zeros((num_lanes, self._width + 1, self._num_outputs), np.float32)
+        weights = np.zeros((num_lanes, self._num_outputs, self._width + 1), np.float32)
         if start is not None:
             scale = np.divide(1, ratio, out=np.zeros_like(ratio), where=ratio > 0)
             weights = np.concatenate([self._as_lanes(_scaled(one, by)) for one, by in zip(start, scale, strict=True)])
@@ -193,8 +193,7 @@ class Problem:
         def per_fold(values: np.ndarray) -> np.ndarray:
             return values.reshape(len(penalties), num_folds, self._num_labels)
 
-        heads = found.weights.reshape(len(penalties), num_folds, self._num_labels, self._width + 1, -1)
-        heads = np.moveaxis(heads[..., 0], 2, -1) if self._multi_label else heads[:, :, 0]
+        heads = found.weights.reshape(len(penalties), num_folds, -1, self._width + 1).swapaxes(2, 3)
         least = np.maximum(count, 1)
         return FoldPath(
             heads=_scaled(heads, ratio.astype(np.float32)),
@@ -269,12 +268,12 @@ class Problem:
             limits = gap_tolerance, _PROVEN, target, max_iterations
             path = walk(self._rows, lanes, weights.astype(np.float64), *limits, watch)
             path = jax.tree.map(lambda leaf: np.asarray(leaf)[0], path)
-        kernel, bias = path.weights[:, :-1], path.weights[:, -1]
+        head = path.weights.reshape(-1, self._width + 1).T
         if self._num_outputs > 1:  # the optimum is centred; what is left of it are rounding errors
-            kernel, bias = kernel - kernel.mean(axis=2, keepdims=True), bias - bias.mean(axis=1, keepdims=True)
+            head = head - head.mean(axis=1, keepdims=True)
         solution = Solution(
-            kernel=kernel[..., 0].T if self._multi_label else kernel[0],
-            bias=bias[..., 0] if self._multi_label else bias[0],
+            kernel=head[:-1],
+            bias=head[-1],
             penalty=penalty,
             objective=float(path.objective.sum()),
             gap=float(path.gap.sum()),
@@ -288,7 +287,7 @@ class Problem:
 
     def _as_lanes(self, head: np.ndarray) -> np.ndarray:
         """[D + 1, M or C] with the bias last, as the weights of the lanes that train on all rows."""
-        return head.T[:, :, None] if self._multi_label else head[None]
+        return head.T[:, None] if self._multi_label else head.T[None]
 
     def _check_not_separated(self, weights: np.ndarray) -> None:
         """Raises NumericalError if larger heads than these would lose less: they answer every row rightly, or a part of
@@ -301,7 +300,7 @@ class Problem:
             real = self._weights[at] > 0
             features, labels = part[real].astype(np.float32), self._labels[at[real]]
             for lane, head in enumerate(weights):
-                logits = features @ head[:-1] + head[-1]
+                logits = features @ head[:, :-1].T + head[:, -1]
                 if num_outputs == 1:
                     separated[lane] &= np.all(((logits[:, 0] > 0) == labels[:, lane]) & (logits[:, 0] != 0))
                     continue
