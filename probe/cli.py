@@ -46,6 +46,7 @@ _Command = (
     | Annotated[configs.ZeroShotConfig, subcommand("zero-shot", prefix_name=False)]
     | Annotated[configs.PredictConfig, subcommand("predict", prefix_name=False)]
     | Annotated[configs.ExportConfig, subcommand("export", prefix_name=False)]
+    | Annotated[configs.ServeConfig, subcommand("serve", prefix_name=False)]
     | Annotated[configs.CompareConfig, subcommand("compare", prefix_name=False)]
     | Annotated[configs.ReportConfig, subcommand("report", prefix_name=False)]
     | Annotated[configs.DoctorConfig, subcommand("doctor", prefix_name=False)]
@@ -169,6 +170,10 @@ def _verb_of(config: object) -> tuple[_Verb, _Describe]:
             from probe import export
 
             return export.export, export.describe
+        case configs.ServeConfig():
+            from probe import serve
+
+            return serve.serve, serve.describe
         case configs.CompareConfig():
             from probe import compare
 

@@ -627,6 +627,53 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Open a page on this machine that classifies the images dropped on it; POST /predict does it for programs."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Run folder."""
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is reached from this machine alone. There is no password."""
+    port: int = 8765
+    """Port to listen on; 0 takes any that is free."""
+    allow_host: tuple[str, ...] = ()
+    """Further names that this server may be called by, as they stand in a Host header (localhost and --host may)."""
+    images: IfGiven[Path] = None
+    """Where the training images are now, if they have moved since the run was made."""
+    cache: IfGiven[Path] = None
+    """Cache with the embeddings of the training images, if it has moved, or if fine-tuning changed the backbone."""
+    backbone: IfGiven[str] = None
+    """Where the backbone is now, if it has moved since the run was made."""
+    nearest: int = 6
+    """Training images that are shown with an answer."""
+    batch_size: IfGiven[int] = None
+    """Images per step, from as many requests (if not given: 4 on a CPU, else 32); one takes as long as a full step."""
+    queue: int = 64
+    """Images that may be under way at once; more are refused with status 503."""
+    max_bytes: int = 32_000_000
+    """Bytes of a request above which it is refused with status 413."""
+    max_pixels: int = 100_000_000
+    """Width x height above which an image is refused before it is decoded."""
+    num_workers: IfGiven[int] = None
+    """Processes that decode images (if not given: one per core)."""
+    json: Flag = False
+    """Print address and, at the end, totals to stdout as JSON, one line each."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "port", "from 0 to 65535", self.port)
+        if self.host in ("", "0.0.0.0", "::"):  # noqa: S104  a name in a Host header it is not
+            _require(bool(self.allow_host), "allow-host", f"given with --host {self.host!r}", self.allow_host)
+        if self.batch_size is not None:
+            _require(self.batch_size >= 1, "batch-size", "at least 1", self.batch_size)
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
+        _require(self.nearest >= 1, "nearest", "at least 1", self.nearest)
+        _require(self.queue >= 1, "queue", "at least 1", self.queue)
+        _require(self.max_bytes >= 1, "max-bytes", "at least 1", self.max_bytes)
+        _require(self.max_pixels >= 1, "max-pixels", "at least 1", self.max_pixels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """Say which of two runs is better on the same rows, and whether that is more than chance."""
 

@@ -10,7 +10,7 @@ VERBS = {
     f"probe.{verb}"
     for verb in (
         "audit", "cache_tools", "cli", "compare", "demo", "doctor", "embed", "exchange", "export", "finetune", "linear",
-        "predict", "report", "zero_shot",
+        "predict", "report", "serve", "zero_shot",
     )
 }  # fmt: skip
 ONLY_IMPORTERS = {
@@ -21,6 +21,8 @@ ONLY_IMPORTERS = {
     "tensorboardX": "probe.training.events",
     "ray": "probe.engines.ray",
     "upath": "probe.storage",
+    "starlette": "probe.serving",
+    "uvicorn": "probe.serving.server",
 }
 
 
