@@ -1,9 +1,12 @@
 """The command line: argv to config, config to one call, its result to stdout, an error to an exit code.
 
-jax is imported inside the verb, so that `--help` answers at once.
+jax is imported inside the verb, so that `--help` answers at once. With --json stdout gets one object, also of an error:
+the result, or {"error": {"kind", "exit_code", "message"}}, and "schema_version", which grows when a field of either
+goes or changes its meaning.
 """
 
 import dataclasses
+import difflib
 import importlib.metadata
 import io
 import json
@@ -13,7 +16,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import tyro
 from tyro.conf import subcommand
@@ -27,7 +30,7 @@ from tyro.constructors import (
 from probe import config as configs
 from probe import provenance
 from probe.compiled import keep_compiled_programs
-from probe.errors import ProbeError
+from probe.errors import ConfigError, ProbeError
 from probe.interrupt import run_interruptibly
 from probe.storage import locate
 
@@ -88,6 +91,10 @@ def _path(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
+_SCHEMA_VERSION = 1
+_COMPLETION = "--print-completion"
+_SHELLS = ("bash", "zsh", "tcsh")
+
 _Verb = Callable[[Any], dict[str, Any]]  # config -> result as JSON values
 _Describe = Callable[[dict[str, Any]], str]  # the result as text for people
 
@@ -109,27 +116,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("NO_COLOR"):
         tyro._experimental_options["ansi_codes"] = False
     try:
-        config = tyro.cli(
-            _Command,  # type: ignore[arg-type]  # a union is a type form, which mypy has no name for yet
-            prog="probe",
-            description="Turn a pretrained vision backbone into a classifier that one can trust.",
-            args=arguments,
-            registry=_OPTIONAL,
-        )
+        config = _parse(arguments)
         provenance.set_command(arguments)
         result, text = run_interruptibly(lambda: _run(config))
-        print(json.dumps(result) if config.json else text, flush=True)
+        print(_json(result) if config.json else text, flush=True)
     except BrokenPipeError:  # whoever read our output has enough: `probe predict … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ProbeError as err:
         print(f"probe: error: {err}", file=sys.stderr)
+        _tell_error(arguments, err)
         return err.exit_code
     except SystemExit as stop:  # the parser's own: 0 after --help, 2 after a usage error
-        return stop.code if isinstance(stop.code, int) else 2
+        code = 0 if stop.code is None else stop.code if isinstance(stop.code, int) else 2
+        if code:
+            _tell_error(arguments, ConfigError("the command line cannot be read; what is wrong with it is on stderr"))
+        return code
     finally:
         provenance.set_command(None)  # whoever calls from Python next was not called by this line
     return 0
+
+
+def _parse(arguments: list[str]) -> Any:
+    """The config that the command line asks for.
+
+    Raises: ConfigError for a verb that there is not; SystemExit, after help, completions or a usage error were printed.
+    """
+    if arguments[:1] == [_COMPLETION]:
+        if len(arguments) != 2 or arguments[1] not in _SHELLS:
+            raise ConfigError(f"{_COMPLETION} takes one of {', '.join(_SHELLS)}")
+        arguments = ["--tyro-print-completion", arguments[1]]
+    _require_verb(arguments)
+    return tyro.cli(
+        _Command,  # type: ignore[arg-type]  # a union is a type form, which mypy has no name for yet
+        prog="probe",
+        description="Turn a pretrained vision backbone into a classifier that one can trust.\n\n"
+        f"Also: probe --version; probe {_COMPLETION} {'|'.join(_SHELLS)}, for the shell to read when it starts.",
+        args=arguments,
+        registry=_OPTIONAL,
+    )
+
+
+def _require_verb(arguments: list[str]) -> None:
+    """Raises ConfigError for a verb that there is not: the parser would answer to a --help behind it with its own."""
+    known: Any = _Command
+    for position, word in enumerate(arguments):
+        if not (choices := _verbs(known)) or word.startswith("-"):
+            return
+        if word not in choices:
+            where = " ".join(["probe", *arguments[:position]])
+            like = difflib.get_close_matches(word, choices, n=1)
+            hint = f"did you mean `{where} {like[0]}`? There are" if like else "there are"
+            raise ConfigError(f"{where} has no verb {word!r}: {hint} {', '.join(choices)}")
+        known = choices[word]
+
+
+def _verbs(command: Any) -> dict[str, Any]:
+    """The verbs of a union of commands, and what each of them leads to."""
+    members = get_args(command) if isinstance(command, types.UnionType) or get_origin(command) is Union else ()
+    return {get_args(member)[1].name: get_args(member)[0] for member in members}
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps({"schema_version": _SCHEMA_VERSION, **value})
+
+
+def _tell_error(arguments: list[str], err: ProbeError) -> None:
+    """Whoever asked for JSON reads of the error there, too."""
+    if "--json" in arguments:
+        told = {"kind": type(err).__name__, "exit_code": err.exit_code, "message": str(err)}
+        print(_json({"error": told}), flush=True)
 
 
 def _run(config: object) -> tuple[dict[str, Any], str]:

@@ -110,6 +110,8 @@ class EmbedConfig:
     """Ray: workers at once (if not given: one a node, or as many as --gpus-per-worker leaves room for)."""
     gpus_per_worker: IfGiven[float] = None
     """Ray: GPUs, or a share of one, that each worker has to itself (if not given: none)."""
+    quiet: Flag = False
+    """No progress on stderr; errors and images that cannot be read are still told."""
     json: Flag = False
     """Print the summary to stdout as JSON."""
 
@@ -289,7 +291,7 @@ class FitLinearConfig:
     no_report: Flag = False
     """Do not write report.html into the run folder; `probe report` writes it later."""
     quiet: Flag = False
-    """No progress on stderr."""
+    """No progress on stderr; errors are still told."""
     json: Flag = False
     """Print metrics.json to stdout."""
 
@@ -479,6 +481,8 @@ class FinetuneConfig:
     """Processes that decode images (if not given: one per core)."""
     seed: int = 0
     """Seed of the validation split, the order of the images and dropout."""
+    quiet: Flag = False
+    """No progress on stderr; errors and images that cannot be read are still told."""
     json: Flag = False
     """Print metrics.json to stdout."""
 
@@ -555,6 +559,8 @@ class ZeroShotConfig:
     """What an unreadable image does: be left out and reported, or end the run."""
     num_workers: IfGiven[int] = None
     """Processes that decode images (if not given: one per core)."""
+    quiet: Flag = False
+    """No progress on stderr; errors and images that cannot be read are still told."""
     json: Flag = False
     """Print metrics.json to stdout."""
 
@@ -588,6 +594,8 @@ class PredictConfig:
     """What an unreadable image does: be left out and reported, or end the run."""
     num_workers: IfGiven[int] = None
     """Processes that decode images (if not given: one per core)."""
+    quiet: Flag = False
+    """No progress on stderr; errors and images that cannot be read are still told."""
     json: Flag = False
     """Print the predictions to stdout as JSON."""
 

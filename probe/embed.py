@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +39,7 @@ from probe.errors import ConfigError, InputError, StorageError
 from probe.estimate import describe_estimate, estimate, spread
 from probe.images import ImageError, load_image
 from probe.machine import count_flops, matmul_rate
+from probe.progress import heeds_quiet, say
 from probe.share import Share
 from probe.sources import Columns, Example, Source, check_labels, display_name, list_names, open_source
 from probe.sources.origin import describe_origin
@@ -56,6 +56,7 @@ _LONG_ENOUGH = 5.0  # seconds of running after which it is worth half a second t
 _PROGRAM = 2  # raise it when the towers or the decoder give other numbers for the same weights and images
 
 
+@heeds_quiet
 def embed(config: EmbedConfig) -> dict[str, Any]:
     """Embeds every image of `config.images` that the cache in `config.out` does not know yet.
 
@@ -97,7 +98,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     summary["workers"] = workers.summary() if workers else []
     if share.stages is not None and share.run_batch is not None and share.num_computed:
         summary["stages"] = _describe_use(share.stages, share.run_batch, backbone, manifest)
-        print(describe_stages(summary["stages"]), file=sys.stderr)
+        say(describe_stages(summary["stages"]))
     if summary["complete"] and summary["num_embedded"] == 0:
         raise InputError(
             f"{config.images}: none of {summary['num_images']:,} images could be read: "
@@ -241,7 +242,7 @@ def _choose(
         pictures = _some_pictures(config, source, examples, backbone) if measure and precision == "auto" else None
         chosen = choose(backbone, precision, config.batch_size, pictures=pictures, measure=measure)
         if chosen.why:
-            print(f"chosen for {config.out}: {chosen.why}", file=sys.stderr)
+            say(f"chosen for {config.out}: {chosen.why}")
         return chosen
     batch_size = config.batch_size or fixed["batch_size"]
     recorded = Precision.from_json(fixed.get("precision"))

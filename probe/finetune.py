@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import functools
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from probe.evaluation import predictions
 from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import TrainedHead
 from probe.probing.prompts import class_directions, zero_shot_head
+from probe.progress import heeds_quiet, say
 from probe.reporting.page import report_saved_run
 from probe.sources import Columns, check_labels, display_name, open_source
 from probe.sources.origin import describe_origin
@@ -44,6 +44,7 @@ from probe.training.tuning import Tuning, options_of, require_no_checkpoints
 _FAILURES_SHOWN = 20
 
 
+@heeds_quiet
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Trains a classifier end to end and writes its run folder.
 
@@ -211,7 +212,7 @@ def _cached_blocks(
         train_batchnorm=config.train_batchnorm,
     )
     if note is not None:
-        print(note, file=sys.stderr)
+        say(note)
     return num_blocks
 
 

@@ -33,7 +33,7 @@ from probe.probing.protocol import Data, Fitted, Report, silent
 from probe.probing.reference import default_decisions
 from probe.probing.ridge import fit_ridge
 from probe.probing.scaling import Scaling
-from probe.progress import Stages
+from probe.progress import Stages, heeds_quiet
 from probe.reporting.page import report_saved_run
 from probe.splits import Splits, assign_folds, resolve_splits
 
@@ -43,6 +43,7 @@ _ROUNDING = 1e-6  # of a float32 embedding, as a share of it
 _NAMED = 5  # how many of many rows a message names
 
 
+@heeds_quiet
 def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     """Trains the head that the config asks for and writes the run folder.
 
@@ -68,7 +69,7 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     notes += more + _leaks(table.keys, data.splits)
     if config.prior == "text":
         data = dataclasses.replace(data, text_weights=_text_weights(config, reference, data))
-    with Stages(quiet=config.quiet) as report:
+    with Stages() as report:
         fitted, metrics = fit_data(config, data, notes, report)
     answers = predictions.collect(
         _answers(data, fitted),

@@ -14,12 +14,13 @@ from probe.config import PredictConfig
 from probe.errors import InputError
 from probe.images import load_images
 from probe.predictor import Predictor
-from probe.progress import Progress
+from probe.progress import Progress, heeds_quiet
 from probe.sources import display_name, open_images
 from probe.spreadsheet import inert
 from probe.storage import atomic_write_bytes, require_file
 
 
+@heeds_quiet
 def predict(config: PredictConfig) -> dict[str, Any]:
     """Classifies every image of `config.images`.
 

@@ -1,9 +1,16 @@
-"""Progress on stderr: a bar on a terminal, a line now and then elsewhere; stdout stays for results."""
+"""Progress on stderr: a bar on a terminal, a line now and then elsewhere; stdout stays for results.
 
+Nothing of it is said within a verb whose config asks for quiet; what a user must know, as an image that could not be
+read, does not come through here.
+"""
+
+import contextvars
+import functools
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -12,6 +19,41 @@ from rich.progress import Task as RichTask
 from rich.text import Text
 
 _PLAIN_SECONDS = 10  # between two lines where stderr is a file or a pipe
+_quiet = contextvars.ContextVar("quiet", default=False)
+
+
+class _Config(Protocol):
+    @property
+    def quiet(self) -> bool: ...
+
+
+C = TypeVar("C", bound=_Config)
+R = TypeVar("R")
+
+
+def heeds_quiet(verb: Callable[[C], R]) -> Callable[[C], R]:
+    """The verb, saying nothing of its progress where its config has `quiet`."""
+
+    @functools.wraps(verb)
+    def run(config: C) -> R:
+        token = _quiet.set(config.quiet or _quiet.get())
+        try:
+            return verb(config)
+        finally:
+            _quiet.reset(token)
+
+    return run
+
+
+def is_quiet() -> bool:
+    """Whether the verb that runs was asked to say nothing of its progress."""
+    return _quiet.get()
+
+
+def say(line: str) -> None:
+    """A line on stderr about how the work goes, unless it is to be quiet."""
+    if not is_quiet():
+        print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -26,6 +68,7 @@ class Progress:
         self._done = 0
         self._started = self._last_line = time.monotonic()
         self._num_lines = 0
+        self._is_quiet = is_quiet()
         console = Console(stderr=True)
         self._bar = (
             RichProgress(
@@ -38,7 +81,7 @@ class Progress:
                 console=console,
                 transient=True,
             )
-            if console.is_terminal
+            if console.is_terminal and not self._is_quiet
             else None
         )
         self._task = self._bar.add_task(verb, total=total) if self._bar else None
@@ -61,7 +104,7 @@ class Progress:
         self._done += num
         if self._bar and self._task is not None:
             self._bar.update(self._task, advance=num)
-        elif time.monotonic() - self._last_line > _PLAIN_SECONDS:
+        elif not self._is_quiet and time.monotonic() - self._last_line > _PLAIN_SECONDS:
             self._last_line = time.monotonic()
             self._print_line()
 
@@ -88,8 +131,7 @@ class Stages:
         report("choosing λ", 12, 85, "fits")
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
+    def __init__(self) -> None:
         self._verb, self._done = "", 0
         self._progress: Progress | None = None
 
@@ -105,8 +147,6 @@ class Stages:
 
     def __call__(self, verb: str, num_done: int, total: int | None, unit: str) -> None:
         """`num_done` of `total` units are done under this heading; None if nobody knows how many there are."""
-        if self._quiet:
-            return
         if self._progress is None or verb != self._verb or num_done < self._done:
             self.__exit__(None, None, None)
             self._progress = Progress(verb, total=total, unit=unit).__enter__()

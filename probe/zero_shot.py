@@ -4,7 +4,6 @@ Nothing is fitted and nothing chosen, so every labelled row may judge it. What i
 `fit-linear`: `predict` classifies with it and `compare` sets it beside a probe on the same rows.
 """
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from probe.evaluation import predictions
 from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import TrainedHead, class_logits
 from probe.probing.prompts import class_directions, zero_shot_head
-from probe.progress import Progress
+from probe.progress import Progress, heeds_quiet, say
 from probe.sources import check_labels, display_name, open_source
 from probe.sources.origin import describe_origin
 from probe.training.decoded import ImageRows
@@ -26,6 +25,7 @@ VIEW = "projected"
 _FAILURES_SHOWN = 20
 
 
+@heeds_quiet
 def zero_shot(config: ZeroShotConfig) -> dict[str, Any]:
     """Makes a classifier of the classes' names and judges it on every labelled image, split by split.
 
@@ -130,4 +130,4 @@ def _save(
         },
         overwrite=config.overwrite,
     )
-    print(f"saved in {config.out}: classify with `probe predict {config.out} IMAGES`", file=sys.stderr)
+    say(f"saved in {config.out}: classify with `probe predict {config.out} IMAGES`")

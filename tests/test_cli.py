@@ -64,9 +64,11 @@ def test_an_option_that_may_be_left_out_says_what_it_takes(capsys: pytest.Captur
     assert "instantiated" not in err
 
 
-@pytest.mark.parametrize(("setting", "colours"), [("1", False), ("", True)])
-def test_no_color_is_heeded_on_a_terminal(setting: str, colours: bool) -> None:
-    environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": setting}
+@pytest.mark.parametrize(
+    ("setting", "term", "colours"), [("1", "xterm", False), ("", "xterm", True), ("", "dumb", False)]
+)
+def test_no_color_is_heeded_on_a_terminal(setting: str, term: str, colours: bool) -> None:
+    environment = {**os.environ, "TERM": term, "NO_COLOR": setting}
     terminal, its_end = os.openpty()
     command = [sys.executable, "-m", "probe.cli", "--help"]
     with subprocess.Popen(command, stdout=its_end, stderr=its_end, env=environment) as process:
@@ -78,6 +80,68 @@ def test_no_color_is_heeded_on_a_terminal(setting: str, colours: bool) -> None:
         os.close(terminal)
     assert process.returncode == 0
     assert (b"\x1b[" in shown) == colours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit-liner", "--help"], "probe has no verb 'fit-liner': did you mean `probe fit-linear`? There are embed, "),
+        (["nonsense", "--help"], "probe has no verb 'nonsense': there are embed, fit-linear, "),
+        (["cache", "lss", "-h"], "probe cache has no verb 'lss': did you mean `probe cache ls`? There are ls, verify"),
+        (["nonsense"], "probe has no verb 'nonsense'"),
+    ],
+)
+def test_an_unknown_verb_is_an_error_also_before_help(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"probe: error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["probe", "fi"], {"fit-linear", "finetune"}),
+        (["probe", "cache", "pr"], {"prune"}),
+        (["probe", "export", "run", "--format", "o"], {"onnx"}),
+        (["probe", "fit-linear", "cache", "--learning"], {"--learning-curve", "--learning-rate"}),
+    ],
+)
+def test_bash_completes_verbs_options_and_choices(
+    typed: list[str], offered: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, script, err = run(capsys, "--print-completion", "bash")
+    assert code == 0, err
+    (tmp_path / "completion.sh").write_text(script)
+    function = next(line.split()[-2] for line in script.splitlines() if line.startswith("complete -F"))
+    words = " ".join(typed)
+    typing = (
+        f"source completion.sh; COMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; {function}; echo ${{COMPREPLY[@]}}"
+    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", typing], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_completion_is_offered_for_known_shells_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--print-completion", "zsh")[1].startswith("#compdef probe")
+    assert_refused(run(capsys, "--print-completion", "cmd.exe"), 2, "bash, zsh, tcsh")
+    assert_refused(run(capsys, "--print-completion"), 2, "bash, zsh, tcsh")
+
+
+def test_who_asks_for_json_reads_of_errors_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "fit-linear", tmp_path / "nowhere", "--out", tmp_path / "run", "--json")
+    assert code == 3
+    told = json.loads(out)
+    assert told["schema_version"] == 1
+    assert (told["error"]["kind"], told["error"]["exit_code"]) == ("InputError", 3)
+    assert err == f"probe: error: {told['error']['message']}\n"
+    code, out, err = run(capsys, "fit-linear", tmp_path / "nowhere", "--json")
+    assert (code, json.loads(out)["error"]["exit_code"]) == (2, 2)
+    assert "--out" in err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +181,8 @@ def test_json_goes_to_stdout_and_is_what_metrics_json_holds(
 ) -> None:
     code, out, _ = run(capsys, "fit-linear", trained / "cache", "--out", tmp_path / "run", "--json")
     assert code == 0
-    assert json.loads(out) == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert json.loads(out) == {"schema_version": 1, **metrics}
 
 
 def test_a_list_option_does_not_swallow_the_images(
@@ -157,6 +222,29 @@ def test_usage_errors_exit_with_2(trained: Path, tmp_path: Path, capsys: pytest.
     assert run(capsys, "fit-linear", trained / "cache")[0] == 2  # --out is missing
     assert run(capsys, "fit-linear", trained / "cache", "--out", tmp_path / "run", "--bundle-backbone", "False")[0] == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_quiet_verbs_leave_stderr_to_errors(
+    quiet: list[str], tiny_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_image_folder(tmp_path / "images", {"train": 6, "test": 2})
+    backbone = ["--backbone", str(tiny_clip)]
+    for command in (
+        ["embed", images, *backbone, "--out", tmp_path / "cache"],
+        ["fit-linear", tmp_path / "cache", "--out", tmp_path / "run", "--no-report"],
+        ["finetune", images, *backbone, "--out", tmp_path / "tuned", "--epochs", "1", "--no-report"],
+        ["predict", tmp_path / "run", images],
+    ):
+        code, out, err = run(capsys, *command, *quiet)
+        assert code == 0, err
+        assert out != ""
+        if quiet:
+            assert err == ""
+        elif command[0] == "finetune":
+            assert "epoch 1: loss" in err
+    (images / "broken.jpg").write_bytes(b"no picture")
+    assert "broken.jpg: not classified" in run(capsys, "predict", tmp_path / "run", images, *quiet)[2]
 
 
 class TestBadInput:

@@ -1,6 +1,7 @@
 """Progress where stderr is a pipe: a line now and then, and a last one."""
 
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from probe import progress
 from probe.cache import write_cache
 from probe.cli import main
-from probe.progress import Progress, Stages
+from probe.progress import Progress, Stages, heeds_quiet, say
 
 
 def test_who_has_seen_a_line_sees_the_last_one(
@@ -42,9 +43,27 @@ def test_stages_have_a_heading_each(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "choosing λ: 3 of 10 fits" in err
     assert "choosing λ: 7 of 10 fits" in err
     assert "final fit: 20 passes" in err
-    with Stages(quiet=True) as report:
-        report("choosing λ", 3, 10, "fits")
+
+
+def test_a_quiet_verb_says_nothing_on_its_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", 0)
+
+    @heeds_quiet
+    def verb(config: types.SimpleNamespace) -> int:
+        with Stages() as report:
+            report("choosing λ", 3, 10, "fits")
+        say("on the way")
+        return config.result
+
+    assert verb(types.SimpleNamespace(quiet=True, result=1)) == 1
     assert capsys.readouterr() == ("", "")
+    assert verb(types.SimpleNamespace(quiet=False, result=2)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "choosing λ: 3 of 10 fits" in err
+    assert "on the way" in err
 
 
 @pytest.mark.parametrize("quiet", [False, True])

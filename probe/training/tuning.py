@@ -5,7 +5,6 @@ import functools
 import hashlib
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +21,7 @@ from probe.config import FinetuneConfig, to_json
 from probe.errors import InputError, StorageError
 from probe.heads import Classifier, TrainedHead
 from probe.images import Preprocessing
-from probe.progress import Progress
+from probe.progress import Progress, is_quiet, say
 from probe.splits import Splits
 from probe.training import optim, sharding, steps, train, verdict
 from probe.training.augment import AugmentConfig
@@ -95,7 +94,7 @@ class Tuning:
         config, rows, prefix = self._config, self._rows, self._prefix
         _print_parts(self.parts)
         if prefix is not None:
-            print(prefix.describe(), file=sys.stderr)
+            say(prefix.describe())
             prefix.build()
         # what the prefix holds is augmented already
         augmentation = AugmentConfig(label_smoothing=config.label_smoothing) if prefix else self._augmentation
@@ -212,7 +211,7 @@ class Tuning:
         except StorageError as err:
             if asked:
                 raise
-            print(f"the {num_blocks} frozen blocks are computed in every epoch: {err}", file=sys.stderr)
+            say(f"the {num_blocks} frozen blocks are computed in every epoch: {err}")
             return None
         return prefix
 
@@ -243,6 +242,7 @@ class Tuning:
             "cache_prefix",
             "tensorboard",
             "keep",
+            "quiet",
             "bundle_backbone",
             "no_report",
         )
@@ -295,12 +295,12 @@ def _print_parts(parts: list[optim.Part]) -> None:
     for part in parts:
         rate = part.label if part.label == optim.FROZEN else f"{part.label:.3g}"
         table.add_row(part.pattern, f"{part.num_parameters:,}", rate)
-    Console(stderr=True).print(table)
+    if not is_quiet():
+        Console(stderr=True).print(table)
 
 
 def _print_epoch(line: train.Epoch) -> None:
-    print(
+    say(
         f"epoch {line.epoch}: loss {line.train_loss:.4f}, accuracy {line.train_accuracy:.4f}; "
-        f"validation loss {line.val_loss:.4f}, accuracy {line.val_accuracy:.4f}; {line.seconds:.1f} s",
-        file=sys.stderr,
+        f"validation loss {line.val_loss:.4f}, accuracy {line.val_accuracy:.4f}; {line.seconds:.1f} s"
     )
