@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -108,9 +109,11 @@ def describe(result: dict[str, Any]) -> str:
 
 def _context(config: ServeConfig, classifier: bundle.Bundle, notes: list[str]) -> dict[str, Any]:
     """What the page's template shows."""
+    name = classifier.backbone.name
     return {
         "title": display_name(config.run.resolve().name),
         "classifier": classifier,
+        "backbone": display_name(name if not Path(name).is_absolute() else Path(name).name),
         "names": [display_name(name) for name in classifier.class_names[:_SHOWN_NAMES]],
         "num_more": max(0, len(classifier.class_names) - _SHOWN_NAMES),
         "notes": [display_name(note) for note in notes],

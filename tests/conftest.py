@@ -1,5 +1,6 @@
 """What every test may ask for: tiny real checkpoints, and a folder of pictures whose classes can be told apart."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from tests.checkpoints import write_tiny_clip, write_tiny_resnet
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # development photos and weights, not part of the product
 
 
@@ -47,6 +49,25 @@ def write_image_folder(
                 pixels[..., channels[name]] += 100
                 Image.fromarray(pixels).save(folder / f"{index:03d}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, of the system."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'probe-jax[browser]'")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def axe():
+    """Accessibility, checked by axe-core."""
+    module = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install 'probe-jax[browser]'")
+    return module.Axe()
 
 
 @pytest.fixture(scope="session")

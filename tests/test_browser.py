@@ -6,7 +6,6 @@ Screenshots of the last run are kept where PROBE_SCREENSHOTS says.
 """
 
 import os
-import shutil
 import socket
 from pathlib import Path
 
@@ -20,26 +19,7 @@ from tests.runs import make_answers, save_run
 from tests.test_report import EVIL, write_odd_images
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 VIEWS = {"light": ("light", 1200, 900), "dark": ("dark", 1200, 900), "phone": ("light", 390, 844)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium, of the system."""
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'probe-jax[browser]'")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def axe():
-    module = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install 'probe-jax[browser]'")
-    return module.Axe()
 
 
 @pytest.fixture(scope="module")

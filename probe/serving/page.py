@@ -6,7 +6,6 @@ from typing import Any
 import jinja2
 
 from probe.reporting.rendering import inlined, json_block
-from probe.sources import display_name
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -24,7 +23,6 @@ def render_page(context: dict[str, Any]) -> tuple[bytes, str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["display"] = display_name
     style, script = ((_TEMPLATES / f"serve.{kind}").read_text().strip() for kind in ("css", "js"))
     parts = inlined(style, script)
     policy = f"{parts['policy']}; connect-src 'self'; frame-ancestors 'none'"
