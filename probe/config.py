@@ -457,6 +457,10 @@ class FinetuneConfig:
     """Steps between checkpoints, besides those after each epoch; 0: none at all."""
     tensorboard: IfGiven[Path] = None
     """Folder to write TensorBoard's event files to, epoch by epoch (needs the extra tensorboard)."""
+    mlflow: IfGiven[str] = None
+    """Folder whose mlflow.db gets a run of MLflow, or a tracking URI (needs the extra mlflow)."""
+    wandb: IfGiven[Path] = None
+    """Folder to write an offline run of Weights & Biases to (needs the extra wandb)."""
     resume: Flag = False
     """Go on with a run that was cut off, to the bit."""
     val_fraction: float = 0.2

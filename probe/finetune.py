@@ -34,8 +34,8 @@ from probe.splits import Splits, resolve_splits
 from probe.training import optim, train, verdict
 from probe.training.augment import AugmentConfig
 from probe.training.decoded import ImageRows
-from probe.training.events import import_tensorboardx
 from probe.training.full import backbone_variables, classifier_variables
+from probe.training.logs import Logs
 from probe.training.prefix import blocks_to_cache
 from probe.training.rates import RateOptions, make_rules
 from probe.training.start import VIEW, embed_rows, solve_head, text_head, zero_head
@@ -53,11 +53,17 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     Raises: ConfigError, InputError, MismatchError, NumericalError or Interrupted; no run folder is written then,
       but the checkpoints stay.
     """
-    made = provenance.Made()
     bundle.require_free(config.out, overwrite=config.overwrite)
     require_no_checkpoints(config)
-    if config.tensorboard is not None:
-        import_tensorboardx()
+    with Logs(config) as logs:
+        metrics = _finetune(config, logs)
+    if not config.no_report:
+        report_saved_run(config.out)
+    return metrics
+
+
+def _finetune(config: FinetuneConfig, logs: Logs) -> dict[str, Any]:
+    made = provenance.Made()
     options_of(config, AugmentConfig)
     columns = Columns(
         path=config.path_column, labels=config.label_column, split=config.split_column, group=config.group_column
@@ -87,7 +93,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     )
     start, facts = (given, None) if given is not None else _start(config, backbone, zero_shot, images, rows)
     tuning = Tuning(config, backbone, start, rules, images, rows, num_cached_blocks=num_cached_blocks)
-    result = tuning.fit()
+    result = tuning.fit(logs)
 
     probe_logits = None if facts is None else tuning.logits(0.0, 0, rows.val)
     alphas = _alphas(config, start)
@@ -151,8 +157,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     record = made.to_bytes(cache=cache, source=describe_origin(config.images))
     _save(config, loaded, backbone, start, names, tuning.variables(alpha, epoch), metrics, kept, seen, record)
     tuning.end()
-    if not config.no_report:
-        report_saved_run(config.out)
+    logs.end(metrics)
     return metrics
 
 

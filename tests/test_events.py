@@ -1,6 +1,5 @@
 """TensorBoard's event files, read back record by record, as TensorBoard does."""
 
-import dataclasses
 import struct
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from probe.config import FinetuneConfig
 from probe.errors import StorageError
 from probe.finetune import finetune
 from probe.training.events import EventFile
-from probe.training.train import Epoch
 
 pytest.importorskip("tensorboardX", reason="the extra tensorboard is not installed")
 
@@ -49,21 +47,19 @@ def read_events(path):
     return figures
 
 
-def test_each_epoch_is_on_the_disk_when_it_is_written(tmp_path):
-    lines = [Epoch(epoch, 10 * epoch, 0.5 / epoch, 0.75, 0.25, 0.5 + epoch / 10, 1.0) for epoch in (1, 2)]
-    with EventFile(tmp_path / "new" / "folder") as events:
-        for count, line in enumerate(lines, 1):
-            events.write(line)
-            (path,) = (tmp_path / "new" / "folder").iterdir()
-            assert len(read_events(path)["loss/train"]) == count
+def test_figures_are_on_the_disk_when_they_are_written(tmp_path):
+    events = EventFile(tmp_path / "new" / "folder")
+    for count in (1, 2):
+        events.write(10 * count, {"loss/train": 0.5 / count, "accuracy/validation": 0.5 + count / 10})
+        (path,) = (tmp_path / "new" / "folder").iterdir()
+        assert len(read_events(path)["loss/train"]) == count
+    events.close(failed=False)
     figures = read_events(path)
     assert figures["loss/train"] == {10: 0.5, 20: 0.25}
-    assert figures["loss/validation"] == {10: 0.25, 20: 0.25}
-    assert figures["accuracy/train"] == {10: 0.75, 20: 0.75}
     assert figures["accuracy/validation"] == {10: pytest.approx(0.6), 20: pytest.approx(0.7)}
-    assert figures["seconds"] == {10: 1.0, 20: 1.0}
-    with EventFile(tmp_path / "new" / "folder") as again:  # a run that goes on, within the same second
-        again.write(dataclasses.replace(lines[1], step=30))
+    again = EventFile(tmp_path / "new" / "folder")  # a run that goes on, within the same second
+    again.write(30, {"loss/train": 0.1})
+    again.close(failed=True)
     assert len(list((tmp_path / "new" / "folder").iterdir())) == 2
 
 
@@ -79,11 +75,13 @@ def test_a_run_writes_what_its_history_says(image_folder, tiny_clip, tmp_path):
         num_workers=1,
         tensorboard=tmp_path / "events",
     )
-    history = finetune(config)["history"]
+    metrics = finetune(config)
+    history = metrics["history"]
     (path,) = (tmp_path / "events").iterdir()
     figures = read_events(path)
     for tag, field in (("loss/train", "train_loss"), ("accuracy/validation", "val_accuracy")):
         assert figures[tag] == {line["step"]: pytest.approx(line[field], rel=1e-6) for line in history}
+    assert figures["kept/test_accuracy"] == {history[-1]["step"]: pytest.approx(metrics["splits"]["test"]["accuracy"])}
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -19,6 +19,8 @@ ONLY_IMPORTERS = {
     "onnx": "probe.exporting.onnx_file",
     "orbax": "probe.training.checkpoints",
     "tensorboardX": "probe.training.events",
+    "mlflow": "probe.training.mlflow_store",
+    "wandb": "probe.training.wandb_run",
     "ray": "probe.engines.ray",
     "upath": "probe.storage",
     "starlette": "probe.serving",

@@ -26,8 +26,8 @@ from probe.splits import Splits
 from probe.training import optim, sharding, steps, train, verdict
 from probe.training.augment import AugmentConfig
 from probe.training.decoded import ImageRows
-from probe.training.events import EventFile
 from probe.training.full import classifier_variables, make_apply_fn, make_prepare
+from probe.training.logs import Logs
 from probe.training.prefix import FrozenPrefix, num_views, remove_activations
 from probe.training.steps import ApplyFn
 
@@ -89,8 +89,8 @@ class Tuning:
             return None
         return {"num_blocks": self._prefix.num_blocks, "num_views": self._prefix.views}
 
-    def fit(self) -> train.FitResult:
-        """Trains. Raises: what `train.fit` and `FrozenPrefix.build` raise."""
+    def fit(self, logs: Logs) -> train.FitResult:
+        """Trains, and tells `logs` of it. Raises: what `train.fit`, `FrozenPrefix.build` and `Logs` raise."""
         config, rows, prefix = self._config, self._rows, self._prefix
         _print_parts(self.parts)
         if prefix is not None:
@@ -107,14 +107,12 @@ class Tuning:
             momentum=config.momentum if config.optimizer == "sgd" else None,
             clip_norm=config.clip_norm,
         )
-        with (
-            EventFile(config.tensorboard) as events,
-            Progress("training", total=config.epochs * len(rows.train), unit="images") as progress,
-        ):
+        logs.start()
+        with Progress("training", total=config.epochs * len(rows.train), unit="images") as progress:
 
             def on_epoch(line: train.Epoch) -> None:
                 _print_epoch(line)
-                events.write(line)
+                logs.write(line)
 
             def train_batches(epoch: int) -> Iterator[steps.Batch]:
                 order = rows.train[steps.shuffled(len(rows.train), seed=config.seed, epoch=epoch)]
@@ -241,6 +239,8 @@ class Tuning:
             "cache",
             "cache_prefix",
             "tensorboard",
+            "mlflow",
+            "wandb",
             "keep",
             "quiet",
             "bundle_backbone",
