@@ -32,6 +32,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from probe import storage
 from probe.errors import CorruptError, InputError, MismatchError
 from probe.heads import TrainedHead
+from probe.notebook import facts, metrics_look
 
 if TYPE_CHECKING:
     from probe.backbones import Backbone
@@ -40,6 +41,7 @@ FORMAT_VERSION = 1
 _MANIFEST, _CLASSIFIER, _HEAD = "manifest.json", "classifier.json", "head.safetensors"
 _PREPROCESSOR, _SEEN = "preprocessor_config.json", "seen.safetensors"
 _BACKBONE_FOLDER = "backbone"
+_CLASSES_SHOWN = 20
 _PACKAGES = ("probe-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "pillow")
 
 
@@ -104,6 +106,16 @@ class Bundle:
     preprocessor_config: dict[str, Any]
     seen: frozenset[bytes]
     """SHA-256 of each image that fitted this classifier or chose between it and others."""
+
+    def _repr_html_(self) -> str:
+        kind = "k-NN" if "bank" in self.head.params else "MLP" if self.head.hidden else "linear"
+        about = {
+            "run": self.folder,
+            "head": f"{kind}, on the view {self.view}",
+            "backbone": self.backbone.name + (", fine-tuned" if self.finetuned else ""),
+            "classes": f"{len(self.class_names):,}: {', '.join(self.class_names[:_CLASSES_SHOWN])}",
+        }
+        return facts("classifier", about) + metrics_look(json.loads((self.folder / "metrics.json").read_bytes()))
 
     def load_backbone(self, name: str | None = None) -> "Backbone":
         """Loads the backbone that the head was trained on.

@@ -14,6 +14,7 @@ from probe.evaluation import predictions
 from probe.evaluation.figures import LOSSES
 from probe.evaluation.paired import compare_answers
 from probe.evaluation.predictions import Predictions
+from probe.notebook import figure, looks, table
 from probe.sources import display_name, list_names
 
 _CHANGES = ("fixed", "broken", "other")
@@ -21,6 +22,18 @@ _LEVEL = 0.05  # of a corrected p-value, below which a class is said to differ
 _LISTED = 10  # flipped images and classes that are printed; --json has all
 
 
+def _look(result: dict[str, Any]) -> str:
+    """The comparison in a notebook."""
+    rows = [
+        (name.replace("_", " "), figure(line["a"]), figure(line["b"]), figure(line["difference"], line["interval_95"]))
+        for name, line in result["figures"].items()
+    ]
+    caption = f"A = {result['run_a']}, B = {result['run_b']}: {result['n']:,} {result['split']} rows"
+    note = f"exact McNemar p = {result['mcnemar']['p_value']:.3g}; {len(result['flips']):,} answers differ"
+    return table(caption, ("figure", "A", "B", "B - A (95 %)"), rows, note=note)
+
+
+@looks(_look)
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Compares what two runs answered to the rows of one split.
 

@@ -39,6 +39,7 @@ from probe.errors import ConfigError, InputError, StorageError
 from probe.estimate import describe_estimate, estimate, spread
 from probe.images import ImageError, load_image
 from probe.machine import count_flops, matmul_rate
+from probe.notebook import ROWS_SHOWN, facts, looks, table
 from probe.progress import heeds_quiet, say
 from probe.share import Share
 from probe.sources import Columns, Example, Source, check_labels, display_name, list_names, open_source
@@ -56,6 +57,19 @@ _LONG_ENOUGH = 5.0  # seconds of running after which it is worth half a second t
 _PROGRAM = 2  # raise it when the towers or the decoder give other numbers for the same weights and images
 
 
+def _look(summary: dict[str, Any]) -> str:
+    """The summary in a notebook."""
+    if summary.get("dry_run"):
+        return facts(
+            "what it would be", {name: value for name, value in summary.items() if isinstance(value, int | str)}
+        )
+    names = ("cache", "num_images", "num_embedded", "num_failed", "num_computed", "complete")
+    shown = facts("cache", {name.removeprefix("num_").replace("_", " "): summary[name] for name in names})
+    counts = [(split or "no split", name, num) for split, by in summary["counts"].items() for name, num in by.items()]
+    return shown + table("labels", ("split", "class", "images"), counts[:ROWS_SHOWN])
+
+
+@looks(_look)
 @heeds_quiet
 def embed(config: EmbedConfig) -> dict[str, Any]:
     """Embeds every image of `config.images` that the cache in `config.out` does not know yet.

@@ -25,6 +25,7 @@ from probe.errors import ConfigError, InputError, MismatchError
 from probe.evaluation import predictions
 from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import TrainedHead
+from probe.notebook import looks, metrics_look
 from probe.probing.prompts import class_directions, zero_shot_head
 from probe.progress import heeds_quiet, say
 from probe.reporting.page import report_saved_run
@@ -44,6 +45,7 @@ from probe.training.tuning import Tuning, options_of, require_no_checkpoints
 _FAILURES_SHOWN = 20
 
 
+@looks(metrics_look)
 @heeds_quiet
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Trains a classifier end to end and writes its run folder.

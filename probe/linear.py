@@ -23,6 +23,7 @@ from probe.evaluation import predictions
 from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import class_logits
 from probe.machine import memory_bytes
+from probe.notebook import looks, metrics_look
 from probe.probing.convex import fit_convex
 from probe.probing.features import Features, Stream, pieces
 from probe.probing.fewer import curve_warnings, few_shot, head_warnings, learning_curve
@@ -43,6 +44,7 @@ _ROUNDING = 1e-6  # of a float32 embedding, as a share of it
 _NAMED = 5  # how many of many rows a message names
 
 
+@looks(metrics_look)
 @heeds_quiet
 def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     """Trains the head that the config asks for and writes the run folder.

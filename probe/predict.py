@@ -13,6 +13,7 @@ from probe import bundle
 from probe.config import PredictConfig
 from probe.errors import InputError
 from probe.images import load_images
+from probe.notebook import ROWS_SHOWN, looks, table
 from probe.predictor import Predictor
 from probe.progress import Progress, heeds_quiet
 from probe.sources import display_name, open_images
@@ -20,6 +21,19 @@ from probe.spreadsheet import inert
 from probe.storage import atomic_write_bytes, require_file
 
 
+def _look(result: dict[str, Any]) -> str:
+    """The predictions in a notebook."""
+    rows = []
+    for line in result["predictions"][:ROWS_SHOWN]:
+        said = line["predicted"] if isinstance(line["predicted"], str) else ", ".join(line["predicted"])
+        rows.append((line["path"], said, f"{max(line['probabilities']):.4f}"))
+    left_out = [f"{failure['path']}: {failure['detail']}" for failure in result["failures"][:ROWS_SHOWN]]
+    note = f"not classified: {'; '.join(left_out)}" if left_out else ""
+    of = f"{len(rows):,} of {len(result['predictions']):,} predictions"
+    return table(of, ("image", "predicted", "highest probability"), rows, note=note)
+
+
+@looks(_look)
 @heeds_quiet
 def predict(config: PredictConfig) -> dict[str, Any]:
     """Classifies every image of `config.images`.

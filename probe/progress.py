@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line now and then elsewhere; stdout stays for results.
+"""Progress on stderr: a bar on a terminal or in a notebook, a line now and then elsewhere; stdout stays for results.
 
 Nothing of it is said within a verb whose config asks for quiet; what a user must know, as an image that could not be
 read, does not come through here.
@@ -18,7 +18,10 @@ from rich.progress import Progress as RichProgress
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from probe.notebook import Bar, in_notebook
+
 _PLAIN_SECONDS = 10  # between two lines where stderr is a file or a pipe
+_NOTEBOOK_SECONDS = 0.2  # between two looks of a notebook's bar
 _quiet = contextvars.ContextVar("quiet", default=False)
 
 
@@ -85,6 +88,7 @@ class Progress:
             else None
         )
         self._task = self._bar.add_task(verb, total=total) if self._bar else None
+        self._in_cell = Bar() if in_notebook() and not self._is_quiet else None
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -96,6 +100,8 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
+        elif self._in_cell:
+            self._in_cell.show(self._line(), self._share())
         elif kind is None and self._num_lines:  # who has seen a line sees the last one, too
             self._print_line()
 
@@ -104,12 +110,22 @@ class Progress:
         self._done += num
         if self._bar and self._task is not None:
             self._bar.update(self._task, advance=num)
+        elif self._in_cell:
+            if time.monotonic() - self._last_line > _NOTEBOOK_SECONDS:
+                self._last_line = time.monotonic()
+                self._in_cell.show(self._line(), self._share())
         elif not self._is_quiet and time.monotonic() - self._last_line > _PLAIN_SECONDS:
             self._last_line = time.monotonic()
             self._print_line()
 
     def _print_line(self) -> None:
         self._num_lines += 1
+        print(self._line(), file=sys.stderr, flush=True)
+
+    def _share(self) -> float | None:
+        return min(self._done / self._total, 1.0) if self._total else None
+
+    def _line(self) -> str:
         seconds = time.monotonic() - self._started
         rate = self._done / max(seconds, 1e-9)
         of, left = "", ""
@@ -117,11 +133,7 @@ class Progress:
             of = f" of {self._total:,}"
             left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
             left = f", done in {seconds:.0f} s" if self._done >= self._total else left
-        print(
-            f"{self._verb}: {self._done:,}{of} {self._unit}, {rate:.1f} {self._unit}/s{left}",
-            file=sys.stderr,
-            flush=True,
-        )
+        return f"{self._verb}: {self._done:,}{of} {self._unit}, {rate:.1f} {self._unit}/s{left}"
 
 
 class Stages:

@@ -15,6 +15,7 @@ from probe.errors import ConfigError, InputError
 from probe.evaluation import predictions
 from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import TrainedHead, class_logits
+from probe.notebook import looks, metrics_look
 from probe.probing.prompts import class_directions, zero_shot_head
 from probe.progress import Progress, heeds_quiet, say
 from probe.sources import check_labels, display_name, open_source
@@ -25,6 +26,7 @@ VIEW = "projected"
 _FAILURES_SHOWN = 20
 
 
+@looks(metrics_look)
 @heeds_quiet
 def zero_shot(config: ZeroShotConfig) -> dict[str, Any]:
     """Makes a classifier of the classes' names and judges it on every labelled image, split by split.

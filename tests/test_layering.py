@@ -16,6 +16,7 @@ VERBS = {
 ONLY_IMPORTERS = {
     "h5py": "probe.cache",
     "tyro": "probe.cli probe.config",
+    "IPython": "probe.notebook",
     "onnx": "probe.exporting.onnx_file",
     "orbax": "probe.training.checkpoints",
     "tensorboardX": "probe.training.events",

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from probe.backbones.resnet import ResNet, ResNetConfig
 from probe.backbones.vit import VisionTower, ViTConfig
 from probe.images import Preprocessing
+from probe.notebook import facts
 
 Config = ViTConfig | ResNetConfig
 
@@ -67,6 +68,18 @@ class Backbone:
     config: Config
     variables: dict[str, Any]
     preprocessing: Preprocessing
+
+    def _repr_html_(self) -> str:
+        height, width = self.preprocessing.image_size
+        about = {
+            "name": self.name,
+            "revision": self.revision or "none",
+            "tower": f"{type(self.config).__name__.removesuffix('Config')}, images of {height} x {width}",
+            "views": ", ".join(f"{view} [{self.view_width(view)}]" for view in self.views),
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"])),
+            "fingerprint": self.fingerprint[:12],
+        }
+        return facts("backbone", about)
 
     @functools.cached_property
     def module(self) -> nn.Module:

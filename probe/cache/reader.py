@@ -14,6 +14,7 @@ from probe.cache.plan import SPLITS, Failure, Names, Plan, ShardInfo, list_plans
 from probe.cache.shards import damaged, load_sidecar, read_shard, sealed_numbers, shard_view
 from probe.cache.writer import resolve
 from probe.errors import InputError
+from probe.notebook import facts
 
 T = TypeVar("T")
 
@@ -97,6 +98,18 @@ class Cache:
             if size != info.num_bytes:
                 raise damaged(root, info, f"{size:,} bytes where {info.num_bytes:,} were written")
         return cls(root, manifest, plan, verify=verify)
+
+    def _repr_html_(self) -> str:
+        about = {
+            "cache": self.root,
+            "embeddings": len(self.table),
+            "views": ", ".join(f"{view} [{self.width(view)}]" for view in self.views),
+            "classes": len(self.class_names),
+            "backbone": self.provenance.get("backbone", "unknown"),
+            "fingerprint": self.fingerprint[:12],
+            "failures": len(self.plan.failures),
+        }
+        return facts("embeddings", about)
 
     @property
     def fingerprint(self) -> str:

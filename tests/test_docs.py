@@ -1,0 +1,90 @@
+"""The pages in docs/: what they show is run, and where they point there is something."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import probe
+from tests.conftest import write_image_folder
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+MALICIOUS = "<img src=x onerror=alert(1)>"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The page's code in a language, block by block."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run_notebook(cells: list[str], folder: Path) -> list[list[dict]]:
+    """The outputs of each cell, run one after the other in a kernel of this Python whose folder this is."""
+    pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
+    pytest.importorskip("ipykernel", reason="pip install nbclient ipykernel")
+    (folder / "cells.json").write_text(json.dumps(cells))
+    code = """
+import json, sys
+import nbclient, nbformat
+notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in json.load(open("cells.json"))])
+nbclient.NotebookClient(notebook, kernel_name="python3", timeout=240).execute()
+json.dump([cell.outputs for cell in notebook.cells], open("outputs.json", "w"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "outputs.json").read_text())
+
+
+def html_of(outputs: list[dict]) -> str:
+    return "".join("".join(output["data"].get("text/html", "")) for output in outputs if "data" in output)
+
+
+def text_of(outputs: list[dict]) -> str:
+    return "".join("".join(output["text"]) for output in outputs if output.get("name") == "stdout")
+
+
+def test_the_python_page_runs_in_a_notebook(tmp_path: Path) -> None:
+    """Cell by cell, as printed. A class with a malicious name is among those of the photos."""
+    photos = write_image_folder(tmp_path / "photos", {"train": 20, "test": 6})
+    for split in ("train", "test"):
+        (photos / split / "green").rename(photos / split / MALICIOUS)
+    outputs = run_notebook(blocks("python.md", "python"), tmp_path)
+    embedded, fitted, printed, predicted, compared, opened, scored, backbone, exported, refused = outputs
+    assert re.search(
+        r"<progress max='1' value='1.0000'.*</progress> embedding: 78 of 78 images, .*done in", html_of(embedded)
+    )
+    assert "<td style='text-align:left'>embedded</td><td style='text-align:left'>78</td>" in html_of(embedded)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["splits"]["test"]
+    low, high = metrics["accuracy_interval_95"]
+    assert f"{metrics['accuracy']:.4f} ({low:.4f} to {high:.4f})" in html_of(fitted)
+    assert f"test accuracy {metrics['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}, 18 images" in text_of(
+        printed
+    )
+    assert "18 of 18 predictions" in html_of(predicted)
+    assert "exact McNemar p = " in html_of(compared)
+    assert "pooler [" in html_of(opened)
+    assert float(text_of(scored).split()[0]) > 0.9
+    assert re.match(r"\(1, \d+\)", text_of(backbone))
+    assert "probe-tiny" in html_of(backbone)
+    assert text_of(exported).strip() in ("blue", "red", MALICIOUS)
+    assert text_of(refused).startswith("run exists already: choose another --out")
+    everything = "".join(map(html_of, outputs))
+    assert "&lt;img src=x onerror=alert(1)&gt;" in everything
+    assert "<img" not in everything
+    assert not any(output.get("name") == "stderr" for cell in outputs for output in cell)
+
+
+def test_every_public_name_stands_on_the_python_page() -> None:
+    table = (DOCS / "python.md").read_text().partition("## All names")[2]
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", table))))
+    assert set(probe._HOMES) <= named
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *DOCS.glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
