@@ -30,6 +30,8 @@ from probe.probing.passes import NOTHING, Lanes, Rows, StreamedRows
 
 _CHUNK = 1024  # rows whose logits for 500 columns (2 MB) stay in the cache: 377 GFLOP/s; 310 with 4,096
 _STREAMED = 512  # rows at a time where memory is short: with 1,024 features a pass in float64 takes some 30 MB
+_IN_FLOAT32 = 200  # iterations of a final fit after which float64 must take over
+_MARGIN = 0.5  # of the gradient tolerance that is left to float32's rounding, so that float64 has but to confirm it
 _PROVEN = 1e-6  # share of the objective by which a converged fit may be above the optimum, proven by its gradient
 
 
@@ -223,20 +225,27 @@ class Problem:
           watch: told now and then how many passes there were.
         Raises: NumericalError if λ is 0 and the classes can be separated.
         """
-        num_iterations = 0
-        if start is None:
-            # float32 passes cost half, and bring the head to where only float64 can tell the difference
-            first = self.path([penalty], [NOTHING], tolerance=1e-5, max_iterations=200)
-            start, num_iterations = first.heads[0, 0], int(first.num_iterations.max())
-        weights = self._as_lanes(start)
-        if penalty == 0:
-            self._check_not_separated(weights)
-        solution, weights = self._certified(
-            weights, penalty, gap_tolerance, gradient_tolerance, max_iterations, num_iterations, watch
+        weights = self._as_lanes(
+            np.zeros((self._width + 1, self._num_labels * self._num_outputs)) if start is None else start
         )
         if penalty == 0:
             self._check_not_separated(weights)
-        return solution
+        initial = self._norms_at_zero(weights)
+        target = gradient_tolerance * initial
+        # float32 passes cost half or less, and bring the head to where only float64 can tell the difference, if at all
+        most = min(max_iterations, _IN_FLOAT32)
+        near = self._descend(weights, penalty, gap_tolerance, _MARGIN * target, most, np.float32, watch)
+        num_before = int(near.num_iterations.max())
+
+        def watch_rest(num_done: int, num_fits: int, num_passes: int) -> None:
+            if watch is not None:
+                watch(num_done, num_fits, num_before + num_passes)
+
+        most = max_iterations - num_before
+        path = self._descend(near.weights, penalty, gap_tolerance, target, most, np.float64, watch_rest)
+        if penalty == 0:
+            self._check_not_separated(path.weights)
+        return self._solution(path, penalty, initial, num_before)
 
     def certify(self, kernel: np.ndarray, bias: np.ndarray, penalty: float, num_iterations: int) -> Solution:
         """Judges a head that came from elsewhere by our objective, gradient and estimate of the gap.
@@ -247,31 +256,43 @@ class Problem:
         weights = self._as_lanes(np.concatenate([kernel, bias[None]]))
         # The gap is what our preconditioner makes of the gradient, which may be some times too much or too
         # little.
-        return self._certified(weights, penalty, 1e-6, 1e-5, 0, num_iterations)[0]
+        initial = self._norms_at_zero(weights)
+        path = self._descend(weights, penalty, 1e-6, 1e-5 * initial, 0, np.float64)
+        return self._solution(path, penalty, initial, num_iterations)
 
-    def _certified(
+    def _norms_at_zero(self, weights: np.ndarray) -> np.ndarray:
+        """[K] norm of each lane's gradient at zero. Args: weights: of the lanes, whose shape counts."""
+        lanes = self._lanes_of_all(0.0, np.float32)
+        at_zero = np.asarray(gradient(self._rows, lanes, np.zeros(weights.shape, np.float32)), np.float64)
+        return np.asarray(np.sqrt(np.sum(at_zero**2, axis=(1, 2))))
+
+    def _descend(
         self,
         weights: np.ndarray,
         penalty: float,
         gap_tolerance: float,
-        gradient_tolerance: float,
+        target_norm: np.ndarray,
         max_iterations: int,
-        num_iterations: int,
+        dtype: Any,
         watch: Watch | None = None,
-    ) -> tuple[Solution, np.ndarray]:
-        """At most `max_iterations` further from `weights`, in float64, and the lanes' weights at the end."""
-        with jax.enable_x64(True):  # for these calls: the rest of the program stays in float32
-            lanes = self._lanes(np.array([[penalty]]), np.array([NOTHING]), np.ones((1, self._width)), np.float64)
-            at_zero = np.asarray(gradient(self._rows, lanes, np.zeros(weights.shape)))
-            initial = np.sqrt(np.sum(at_zero**2, axis=(1, 2)))
-            target = gradient_tolerance * initial
-            limits = gap_tolerance, _PROVEN, target, max_iterations
-            path = walk(self._rows, lanes, weights.astype(np.float64), *limits, watch)
-            path = jax.tree.map(lambda leaf: np.asarray(leaf)[0], path)
+    ) -> Path:
+        """At most `max_iterations` further from the lanes' weights, on all rows; without the path's axis of λ."""
+        with jax.enable_x64(dtype == np.float64):  # for these calls: the rest of the program stays in float32
+            lanes = self._lanes_of_all(penalty, dtype)
+            limits = dtype(gap_tolerance), dtype(_PROVEN), target_norm.astype(dtype), np.int32(max_iterations)
+            path = walk(self._rows, lanes, weights.astype(dtype), *limits, watch)
+        first: Path = jax.tree.map(lambda leaf: np.asarray(leaf)[0], path)
+        return first
+
+    def _lanes_of_all(self, penalty: float, dtype: Any) -> Lanes:
+        return self._lanes(np.array([[penalty]]), np.array([NOTHING]), np.ones((1, self._width)), dtype)
+
+    def _solution(self, path: Path, penalty: float, initial: np.ndarray, num_before: int) -> Solution:
+        """What the lanes found, as one. Args: initial: [K] norms at zero; num_before: iterations that led to there."""
         head = path.weights.reshape(-1, self._width + 1).T
         if self._num_outputs > 1:  # the optimum is centred; what is left of it are rounding errors
             head = head - head.mean(axis=1, keepdims=True)
-        solution = Solution(
+        return Solution(
             kernel=head[:-1],
             bias=head[-1],
             penalty=penalty,
@@ -280,10 +301,9 @@ class Problem:
             gap_bound=float(np.sum(path.gradient_norm**2)) / (2 * penalty) if penalty else None,
             gradient_norm=float(np.sqrt(np.sum(path.gradient_norm**2))),
             initial_gradient_norm=float(np.sqrt(np.sum(initial**2))),
-            num_iterations=num_iterations + int(path.num_iterations.max()),
+            num_iterations=num_before + int(path.num_iterations.max()),
             converged=bool(path.converged.all()),
         )
-        return solution, path.weights
 
     def _as_lanes(self, head: np.ndarray) -> np.ndarray:
         """[D + 1, M or C] with the bias last, as the weights of the lanes that train on all rows."""
