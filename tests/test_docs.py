@@ -1,7 +1,9 @@
-"""The pages in docs/: what they show is run, and where they point there is something."""
+"""The pages in docs/: what they show is run, and where they point there is something. pytest -m pages"""
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,13 @@ from pathlib import Path
 import pytest
 
 import probe
+from probe.cli import main
+from tests.checkpoints import write_tiny_resnet
 from tests.conftest import write_image_folder
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+STAND_INS = {"openai/clip-vit-base-patch32": "probe-tiny", "microsoft/resnet-50": "resnet"}
 MALICIOUS = "<img src=x onerror=alert(1)>"
 
 
@@ -75,6 +80,43 @@ def test_the_python_page_runs_in_a_notebook(tmp_path: Path) -> None:
     assert "&lt;img src=x onerror=alert(1)&gt;" in everything
     assert "<img" not in everything
     assert not any(output.get("name") == "stderr" for cell in outputs for output in cell)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos/, and a ResNet; caches that a page makes stay for the next, which then continues them."""
+    root = tmp_path_factory.mktemp("desk")
+    write_image_folder(root / "photos", {"train": 12, "val": 8, "test": 6})
+    write_tiny_resnet(root / "resnet")
+    return root
+
+
+@pytest.mark.pages
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md") if path.name != "python.md"))
+def test_every_command_of_a_page_runs(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, but that small backbones stand for those of the Hub, and few reports are drawn."""
+    monkeypatch.chdir(desk)
+    if tables := blocks(page, "csv"):
+        Path("labels.csv").write_text(tables[0])
+    commands = "".join(blocks(page, "bash")).splitlines()
+    assert commands
+    for command in commands:
+        words = [STAND_INS.get(word, word) for word in shlex.split(command)]
+        assert words[0] == "probe"
+        if words[1:3] == ["cache", "merge"] and not Path("shared-copy").exists():
+            shutil.copytree("cache", "shared-copy")
+        if words[1] in ("fit-linear", "finetune") and page != "reading-the-report.md":
+            words.append("--no-report")
+        assert main(words[1:]) == 0, command
+    for path in desk.iterdir():  # runs, which the next page makes again
+        if path.is_dir() and (path / "classifier.json").exists():
+            shutil.rmtree(path)
+        elif path.suffix == ".csv":
+            path.unlink()
+
+
+def test_the_guide_shown_is_the_guide_that_runs() -> None:
+    assert blocks("from-the-guides.md", "python") == [(ROOT / "tests" / "guide_script.py").read_text()]
 
 
 def test_every_public_name_stands_on_the_python_page() -> None:

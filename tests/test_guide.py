@@ -1,4 +1,4 @@
-"""Flax's transfer-learning guide as one script, which the README shows; and the second seed's system."""
+"""Flax's transfer-learning guide as one script, which docs/from-the-guides.md shows; and the second seed's system."""
 
 import runpy
 import sys

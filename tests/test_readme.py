@@ -73,13 +73,6 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert "pytest" in block_under("Run the tests", "bash")
 
 
-def test_the_guide_shown_is_the_guide_that_runs() -> None:
-    assert (
-        block_under("The steps of Flax's transfer-learning guide", "python")
-        == (ROOT / "tests" / "guide_script.py").read_text()
-    )
-
-
 def test_exit_codes_are_those_of_the_program() -> None:
     rows = [line.split("|")[1:3] for line in errors.__doc__.splitlines() if line.startswith("| ")]
     shown = [line.split("|")[1:3] for line in README.splitlines() if re.match(r"\| (code|\d+)", line)]
