@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import shlex
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from probe import storage
-from probe.auditing import answers, labels, neighbours
+from probe.auditing import answers, copies, labels, neighbours
 from probe.cache import Cache
 from probe.config import AuditConfig
 from probe.errors import ConfigError, InputError
@@ -19,6 +20,7 @@ from probe.evaluation.intervals import share_interval
 from probe.reporting.audit_page import JSON_NAME, write_audit_page
 from probe.reporting.page import write_report
 from probe.sources import display_name
+from probe.sources.origin import describe_origin
 from probe.spreadsheet import inert
 
 CSV_NAME = "audit.csv"
@@ -50,17 +52,18 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     indices, distances = neighbours.nearest(embeddings)
     exact = _exact(cache.table.keys)
     known = {tuple(sorted(pair)) for pair in exact}
-    near = [pair for pair in neighbours.near_duplicates(indices, distances) if pair[:2] not in known]
-    clusters = neighbours.clusters([*exact, *((a, b) for a, b, _ in near)], len(cache.table))
-    findings = _copies(cache, near, clusters)
     notes: list[str] = []
+    near, alike = _near(cache, config, indices, distances, known, notes)
+    clusters = neighbours.clusters([*exact, *((a, b) for a, b, _ in near)], len(cache.table))
+    families = neighbours.clusters([*exact, *((a, b) for a, b, _ in [*near, *alike])], len(cache.table))
+    findings = _copies(cache, near, clusters) + _alike(cache, alike)
     probabilities = None
     if cache.multi_label:
         notes.append("labels are not judged where an image may have several")
     elif config.run is not None:
         probabilities = answers.of_run(config.run, cache)
     else:
-        probabilities = answers.fitted_now(cache, embeddings, clusters, config.seed)
+        probabilities = answers.fitted_now(cache, embeddings, families, config.seed)
     pairs: list[dict[str, Any]] = []
     accuracy = None
     if probabilities is not None:
@@ -168,7 +171,42 @@ def _exact(keys: np.ndarray) -> list[tuple[int, int]]:
     return pairs
 
 
-def _copies(cache: Cache, near: list[tuple[int, int, float]], clusters: np.ndarray) -> list[dict[str, Any]]:
+_Pairs = list[tuple[int, int, float]]
+
+
+def _near(
+    cache: Cache,
+    config: AuditConfig,
+    indices: np.ndarray,
+    distances: np.ndarray,
+    exact: set[tuple[int, ...]],
+    notes: list[str],
+) -> tuple[_Pairs, _Pairs]:
+    """Near duplicates, and pairs that only the backbone takes for such: their pixels were compared, and differ."""
+    origin = cache.origin if config.images is None else describe_origin(config.images)
+    blocks, missing = copies.read_blocks(origin, cache.table.names, cache.table.keys)
+    if missing:
+        notes.append(f"smaller copies were not looked for everywhere: {missing}")
+    by_pixels = [pair for pair in copies.copies(blocks) if pair[:2] not in exact]
+    known = {pair[:2] for pair in by_pixels} | exact
+    by_backbone = [pair for pair in neighbours.near_duplicates(indices, distances) if pair[:2] not in known]
+    has_pixels = ~np.isnan(blocks[:, 0])
+    differ = [bool(has_pixels[a] and has_pixels[b]) for a, b, _ in by_backbone]
+    alike = list(itertools.compress(by_backbone, differ))
+    return by_pixels + [pair for pair, is_known in zip(by_backbone, differ, strict=True) if not is_known], alike
+
+
+def _alike(cache: Cache, pairs: _Pairs) -> list[dict[str, Any]]:
+    """One finding a pair, those across splits first."""
+    findings = []
+    for row, other, score in pairs:
+        a, b = (str(cache.table.splits[one]) or "train" for one in (row, other))
+        detail = f"across splits: {a} and {b}" if a != b else ""
+        findings.append(_finding(cache, "lookalike", row, score, other=other, detail=detail))
+    return sorted(findings, key=lambda one: (not one["detail"], -one["score"]))
+
+
+def _copies(cache: Cache, near: _Pairs, clusters: np.ndarray) -> list[dict[str, Any]]:
     """Each row that is a copy of another, marked: of a set of copies the one that judges stays, or the first."""
     table = cache.table
     rank = np.array([_KEEP_FIRST[split] for split in table.splits.tolist()])

@@ -2,8 +2,8 @@
 
 Distances are 1 - cosine of features standardised by all rows. A copy that was resized or encoded again is nearer than
 anything else by a gap: its distance was at most 0.31 of that to the next image, where the nearest pair of 800
-different photos had 0.58 (ResNet-50, copies at 60 % of the size or JPEG quality 30). Copies much smaller than what the
-backbone sees are not found: they have lost what it looks at.
+different photos had 0.58 (ResNet-50, copies at 60 % of the size or JPEG quality 30). Of copies at 30 % of the size 4 of
+20 are found so, and of drawings pairs that a person tells apart at once: where the images are there, `copies` decides.
 """
 
 import numpy as np

@@ -14,6 +14,7 @@ _SHOWN = 24  # findings of each kind that are shown; audit.csv has all
 TITLES = {
     "exact duplicate": "Exact duplicates",
     "near duplicate": "Near duplicates",
+    "lookalike": "Look alike to the backbone",
     "label": "Labels that are likely wrong",
     "outlier": "Outliers",
 }
