@@ -659,7 +659,8 @@ class ServeConfig:
     nearest: int = 6
     """Training images that are shown with an answer."""
     batch_size: IfGiven[int] = None
-    """Images per step, from as many requests (if not given: 4 on a CPU, else 32); one takes as long as a full step."""
+    """Images per step, from as many requests; a step takes as long with fewer (if not given: 32; on a CPU 1, or 8 where
+    that takes at most twice as long)."""
     queue: int = 64
     """Images that may be under way at once; more are refused with status 503."""
     max_bytes: int = 32_000_000

@@ -23,7 +23,7 @@ class Answers:
 
 class Predictor:
     """Classifies preprocessed images at one batch shape: one compilation, and an image's answer does not depend, to
-    the bit, on what else is in its batch."""
+    the bit, on what else is in its batch. Another `batch_size` may be set: another compilation, and other bits."""
 
     def __init__(self, classifier: Bundle, backbone: Backbone, *, batch_size: int) -> None:
         self.classifier, self.preprocessing, self.batch_size = classifier, backbone.preprocessing, batch_size

@@ -459,7 +459,8 @@ def test_sigterm_ends_it_when_what_is_under_way_is_answered(trained: Path) -> No
                 assert one.recv(20).startswith(b"HTTP/1.1 200")
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert json.loads(out) == {"url": client.url, "num_images": 4, "num_steps": 4, "num_refused": 0}
+    total = json.loads(out)
+    assert (total["url"], total["num_images"], total["num_refused"]) == (client.url, 4, 0)
     assert "stopping: finishing the requests under way" in err
     assert "Traceback" not in err
 
