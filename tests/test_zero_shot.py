@@ -54,7 +54,7 @@ def test_a_run_is_judged_saved_and_classifies(
     code, text, _ = run(capsys, "zero-shot", *options, "--json")
     assert code == 0
     metrics = json.loads(text)
-    assert metrics == json.loads((out / "metrics.json").read_text())
+    assert metrics == {"schema_version": 1} | json.loads((out / "metrics.json").read_text())
     assert set(metrics["splits"]) == {"train", "val", "test"}
     low, high = metrics["splits"]["test"]["accuracy_interval_95"]
     assert low <= metrics["splits"]["test"]["accuracy"] <= high

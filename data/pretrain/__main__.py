@@ -1,6 +1,6 @@
 """Makes probe-tiny from nothing but registry packages: one command, which may be killed and run again.
 
-    python -m data.pretrain WORK [--steps 20000] [--decay-steps 2000] [--install]
+    python -m data.pretrain WORK [--steps 11000] [--decay-steps 2750] [--install]
 
 In WORK: archives/ (what was fetched), pairs/ (every picture drawn once), tokenizer/, train/ (checkpoint and log),
 probe-tiny/ (the model) and metrics.json. Each part that is there already is not made again; training goes on from its
@@ -15,12 +15,13 @@ from pathlib import Path
 
 from data import make_samples
 from data.pretrain import report, transfer
+from data.pretrain.batches import Recipe
 from data.pretrain.captions import load_tokenizer, save_tokenizer, train_tokenizer
 from data.pretrain.evaluate import evaluate, loss_curve
 from data.pretrain.export import export
 from data.pretrain.fetch import archive, packages
 from data.pretrain.pairs import make_pairs
-from data.pretrain.train import Recipe, num_parameters, train
+from data.pretrain.train import num_parameters, train
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = ROOT / "probe" / "models" / "probe-tiny"
@@ -42,7 +43,7 @@ def main() -> None:
     if not (work / "tokenizer").exists():
         save_tokenizer(train_tokenizer(pairs.concepts), work / "tokenizer")
     tokenizer = load_tokenizer(work / "tokenizer")
-    params = train(pairs, tokenizer, recipe, work / "train")
+    params = train(work, recipe)
     model = work / "probe-tiny"
     shutil.rmtree(model, ignore_errors=True)
     export(params, tokenizer, model)

@@ -5,8 +5,9 @@ import math
 import numpy as np
 from PIL import Image, ImageFilter
 
-SIZE = 48  # pixels of an image's side
+SIZE = 64  # pixels of an image's side
 _BILINEAR = Image.Resampling.BILINEAR
+_CELLS = 3  # a shape is bent in a grid of 3 × 3 cells
 
 
 def training_image(picture: np.ndarray, is_monochrome: bool, may_flip: bool, rng: np.random.Generator) -> np.ndarray:
@@ -16,11 +17,11 @@ def training_image(picture: np.ndarray, is_monochrome: bool, may_flip: bool, rng
       picture: [72, 72, 4] uint8 RGBA.
       is_monochrome: it is a shape whose colour says nothing.
       may_flip: its mirror image has the same name.
-    Returns: [48, 48, 3] uint8.
+    Returns: [64, 64, 3] uint8.
     """
     background = _background(rng)
     if is_monochrome:
-        alpha = Image.fromarray(np.ascontiguousarray(picture[..., 3]))
+        alpha = _reshaped(Image.fromarray(np.ascontiguousarray(picture[..., 3])), rng)
         image = Image.new("RGBA", alpha.size, _contrasting(background, rng))
         image.putalpha(alpha)
     else:
@@ -35,7 +36,7 @@ def training_image(picture: np.ndarray, is_monochrome: bool, may_flip: bool, rng
 
 
 def plain_image(picture: np.ndarray) -> np.ndarray:
-    """[72, 72, 4] uint8 -> [48, 48, 3] uint8: the whole picture on white, for evaluation."""
+    """[72, 72, 4] uint8 -> [64, 64, 3] uint8: the whole picture on white, for evaluation."""
     white = Image.new("RGBA", (picture.shape[1], picture.shape[0]), "white")
     flat = Image.alpha_composite(white, Image.fromarray(np.asarray(picture), "RGBA")).convert("RGB")
     return np.asarray(flat.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
@@ -55,6 +56,23 @@ def _placing(rng: np.random.Generator, width: int) -> tuple[float, ...]:
     return (a, b, width / 2 - a * x - b * y, c, d, width / 2 - c * x - d * y)
 
 
+def _reshaped(shape: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A shape as another hand would draw it: with a thicker pen, and its parts a little moved."""
+    if rng.random() < 0.3:
+        shape = shape.filter(ImageFilter.MaxFilter(int(rng.choice([3, 5, 7]))))
+    if rng.random() < 0.5:
+        return shape
+    ends = np.linspace(0, shape.width, _CELLS + 1)
+    corners = np.stack(np.meshgrid(ends, ends), axis=-1)  # [row, column, (x, y)]
+    corners = corners + rng.normal(0, rng.uniform(0, 0.06) * shape.width, corners.shape)
+    mesh = []
+    for row, column in np.ndindex(_CELLS, _CELLS):
+        box = tuple(round(end) for end in (ends[column], ends[row], ends[column + 1], ends[row + 1]))
+        around = [corners[row + down, column + right] for down, right in ((0, 0), (1, 0), (1, 1), (0, 1))]
+        mesh.append((box, tuple(np.concatenate(around).tolist())))
+    return shape.transform(shape.size, Image.Transform.MESH, mesh, _BILINEAR)
+
+
 def _colour_table(rng: np.random.Generator) -> list[int]:
     """For `Image.point` on RGBA: each colour brightened or darkened, shifted, and clipped; opacity as it is."""
     gains, offsets = rng.uniform(0.7, 1.3, 3) * rng.uniform(0.8, 1.2), rng.uniform(-25, 25, 3)
@@ -63,7 +81,7 @@ def _colour_table(rng: np.random.Generator) -> list[int]:
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """48 × 48 RGB: white, near black, one colour, a gradient, or a soft texture."""
+    """64 × 64 RGB: white, near black, one colour, a gradient, or a soft texture."""
     kind = rng.random()
     first = tuple(int(value) for value in rng.integers(0, 256, 3))
     if kind < 0.45:
@@ -94,16 +112,16 @@ def _contrasting(background: Image.Image, rng: np.random.Generator) -> tuple[int
 def _degrade(pixels: Image.Image, rng: np.random.Generator) -> np.ndarray:
     """Fewer pixels, blur, noise, no colour: what a scan or a poor photo does. Two thirds stay as they are."""
     kind = rng.random()
-    if kind < 0.12:
-        side = int(rng.integers(8, 32))
+    if kind < 0.2:
+        side = round(math.exp(rng.uniform(math.log(8), math.log(SIZE * 0.7))))
         filters = (Image.Resampling.BICUBIC, _BILINEAR)
         pixels = pixels.resize((side, side), Image.Resampling.BOX).resize((SIZE, SIZE), filters[rng.integers(2)])
-    elif kind < 0.18:
+    elif kind < 0.26:
         pixels = pixels.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
     if rng.random() < 0.1:
         pixels = pixels.convert("L").convert("RGB")
     result = np.asarray(pixels)
-    if 0.18 < kind < 0.25:
+    if 0.26 < kind < 0.33:
         noise = rng.integers(-20, 21, (SIZE, SIZE, 3), np.int16)
         result = np.clip(result.astype(np.int16) + noise, 0, 255).astype(np.uint8)
     return result

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.pretrain.fetch import Package, packages, read, read_json
 
-SIZE = 72  # pixels of a stored picture's side; a training image is 64
+SIZE = 72  # pixels of a stored picture's side
 HELD_OUT_PERCENT = 12
 
 _DROPPED_CATEGORY = re.compile(r"brand|logo|social", re.IGNORECASE)  # trade marks

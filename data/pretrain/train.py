@@ -1,10 +1,9 @@
 """The contrastive training: two towers, one temperature, cross-entropy both ways (Radford et al. 2021).
 
-For speed on a CPU the dense layers multiply in bfloat16 with float32 sums. The learning rate stands still between its
-rise and its fall, so that a run can be made longer after the fact.
+The dense layers multiply in bfloat16 with float32 sums. The learning rate stands still between its rise and its fall,
+so that a run can be made longer after the fact.
 """
 
-import dataclasses
 import json
 import os
 import time
@@ -17,22 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import serialization
-from tokenizers import Tokenizer
 
-from data.pretrain.augment import SIZE, training_image
-from data.pretrain.captions import MAX_TOKENS, VOCAB_SIZE, caption, tokenize
-from data.pretrain.pairs import Pairs
+from data.pretrain.augment import SIZE
+from data.pretrain.batches import Recipe, drawn_batches
+from data.pretrain.captions import MAX_TOKENS, VOCAB_SIZE, load_tokenizer
+from data.pretrain.pairs import load_pairs
 from probe.backbones.products import dense
 from probe.backbones.text import TextConfig, TextTower
 from probe.backbones.vit import VisionTower, ViTConfig
 
 PROJECTION = 128
 VISION = ViTConfig(
-    hidden_size=160,
-    intermediate_size=640,
+    hidden_size=192,
+    intermediate_size=768,
     projection_dim=PROJECTION,
-    num_hidden_layers=4,
-    num_attention_heads=5,
+    num_hidden_layers=6,
+    num_attention_heads=6,
     image_size=SIZE,
     patch_size=8,
 )
@@ -53,71 +52,6 @@ def text_config(vocab_size: int = VOCAB_SIZE) -> TextConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How long and how fast to train. All of it may differ when a run is continued."""
-
-    num_steps: int = 20_000
-    decay_steps: int = 2_000  # the last ones, in which the rate falls to 0
-    warmup_steps: int = 100
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    emoji_per_batch: int = 112
-    icons_per_batch: int = 16
-    glyphs_per_batch: int = 16
-    seed: int = 0
-
-    @property
-    def batch_size(self) -> int:
-        return self.emoji_per_batch + self.icons_per_batch + self.glyphs_per_batch
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: a ramp, a plain, a ramp."""
-        left = (self.num_steps - step) / self.decay_steps
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps, max(0.0, left))
-
-
-class Sampler:
-    """Batches of training pairs; the batch of a step is a function of seed and step alone.
-
-    No two pictures of a batch show the same concept, so that every other caption of the batch is wrong for a picture.
-    """
-
-    def __init__(self, pairs: Pairs, tokenizer: Tokenizer, recipe: Recipe) -> None:
-        self._pairs, self._tokenizer, self._recipe = pairs, tokenizer, recipe
-        self._pictures: list[list[int]] = [[] for _ in pairs.concepts]
-        for picture in np.flatnonzero(~pairs.unseen).tolist():
-            self._pictures[pairs.concept_of[picture]].append(picture)
-        self._of_kind = {
-            kind: np.array([i for i, c in enumerate(pairs.concepts) if c.kind == kind and self._pictures[i]])
-            for kind in ("emoji", "icon", "glyph")
-        }
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """([B, 48, 48, 3] uint8, [B, 20] int32)."""
-        recipe, pairs = self._recipe, self._pairs
-        rng = np.random.default_rng([recipe.seed, step])
-        counts = {"emoji": recipe.emoji_per_batch, "icon": recipe.icons_per_batch, "glyph": recipe.glyphs_per_batch}
-        images, texts = [], []
-        for kind, count in counts.items():
-            for index in rng.choice(self._of_kind[kind], count, replace=False):
-                concept = pairs.concepts[index]
-                picture = self._pictures[index][rng.integers(len(self._pictures[index]))]
-                words = f"{concept.name} {' '.join(concept.words)}"
-                may_flip = (
-                    kind != "glyph"
-                    and concept.group != "Flags"
-                    and not any(
-                        word in words
-                        for word in ("left", "right", "clock", "letter", "number", "button", "text", "keycap")
-                    )
-                )
-                is_monochrome = bool(pairs.monochrome[picture])
-                images.append(training_image(pairs.images[picture], is_monochrome, may_flip, rng))
-                texts.append(caption(concept, rng))
-        return np.stack(images), tokenize(self._tokenizer, texts)
-
-
 def _dense_in_bfloat16(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """For `nn.intercept_methods`: dense layers' products in bfloat16 with float32 sums, forwards and backwards."""
     if not isinstance(context.module, nn.Dense) or context.method_name != "__call__":
@@ -131,8 +65,8 @@ def initial_params(vision: ViTConfig, text: TextConfig, seed: int) -> dict[str, 
     keys = jax.random.split(jax.random.key(seed))
     pixels = jnp.zeros((1, vision.image_size, vision.image_size, 3))
     return {
-        "vision": VisionTower(vision).init(keys[0], pixels)["params"],
-        "text": TextTower(text).init(keys[1], jnp.zeros((1, MAX_TOKENS), jnp.int32))["params"],
+        "vision": jax.jit(VisionTower(vision).init)(keys[0], pixels)["params"],
+        "text": jax.jit(TextTower(text).init)(keys[1], jnp.zeros((1, MAX_TOKENS), jnp.int32))["params"],
         "logit_scale": jnp.asarray(np.log(1 / 0.07), jnp.float32),
     }
 
@@ -179,17 +113,17 @@ def make_tx(recipe: Recipe) -> optax.GradientTransformation:
     return optax.inject_hyperparams(adamw)(learning_rate=0.0)
 
 
-def train(pairs: Pairs, tokenizer: Tokenizer, recipe: Recipe, folder: Path, save_every: int = 250) -> dict[str, Any]:
-    """Trains, or goes on where the last checkpoint in `folder` was made.
+def train(work: Path, recipe: Recipe, vision: ViTConfig = VISION, save_every: int = 250) -> dict[str, Any]:
+    """Trains on work/pairs with work/tokenizer, or goes on where the last checkpoint in folder, work/train, was made.
 
     Writes folder/checkpoint.msgpack (replaced whole), folder/plain.msgpack (the last one before the rate falls, to go
     on from in a longer run), and a line of folder/log.jsonl for every 50 steps.
     Returns: the parameters.
     """
-    text = text_config(tokenizer.get_vocab_size())
-    sampler = Sampler(pairs, tokenizer, recipe)
+    folder, pairs = work / "train", load_pairs(work / "pairs")
+    text = text_config(load_tokenizer(work / "tokenizer").get_vocab_size())
     tx = make_tx(recipe)
-    params = initial_params(VISION, text, recipe.seed)
+    params = initial_params(vision, text, recipe.seed)
     state = {"params": params, "opt_state": tx.init(params), "step": 0, "seconds": 0.0}
     folder.mkdir(parents=True, exist_ok=True)
     decay_start = recipe.num_steps - recipe.decay_steps
@@ -198,12 +132,12 @@ def train(pairs: Pairs, tokenizer: Tokenizer, recipe: Recipe, folder: Path, save
         state = serialization.from_bytes(state, checkpoint.read_bytes())
         if decay_start < state["step"] < recipe.num_steps and plain.exists():
             print("going on from the checkpoint; its rate may have begun to fall", flush=True)
-    step = make_step(VISION, text, tx)
+    step = make_step(vision, text, tx)
     print(f"{(~pairs.unseen).sum()} pictures; from step {state['step']} to {recipe.num_steps}", flush=True)
     params, opt_state = state["params"], state["opt_state"]
     started, before, sums = time.monotonic(), float(state["seconds"]), []
-    for number in range(int(state["step"]), recipe.num_steps):
-        images, tokens = sampler.batch(number)
+    steps = range(int(state["step"]), recipe.num_steps)
+    for number, (images, tokens) in zip(steps, drawn_batches(work, recipe, steps), strict=True):
         rate = jnp.float32(recipe.rate(number))
         params, opt_state, loss, accuracy = step(params, opt_state, images, tokens, rate)
         sums.append((loss, accuracy))
