@@ -111,15 +111,20 @@ def test_out_of_fold_logits_are_those_of_fits_without_the_fold():
     "options",
     [
         {"head": "linear", "views": ("pooler", "projected"), "scalings": ("standard", "l2"), "penalties": SHORT},
+        {"class_weights": ("balanced",), "one_standard_error": True, "penalties": SHORT},
+        {"several_labels": True, "penalties": SHORT},
         {"head": "linear", "solver": "ridge"},
         {"head": "knn"},
         {"head": "mlp", "hidden": (4,), "epochs": 3},
     ],
-    ids=["linear", "ridge", "knn", "mlp"],
+    ids=["linear", "weighted", "several labels", "ridge", "knn", "mlp"],
 )
 @pytest.mark.parametrize("num_val", [0, 30])
 def test_test_rows_choose_nothing(options, num_val):
     embeddings, labels, splits = arrays(num_val=num_val)
+    options = dict(options)
+    if options.pop("several_labels", False):
+        labels = np.stack([labels == 0, labels > 0, embeddings[:, 0] > 5], axis=1)
     is_test = splits == "test"
     changed, other = embeddings.copy(), labels.copy()
     changed[is_test] = 1e3
@@ -130,7 +135,7 @@ def test_test_rows_choose_nothing(options, num_val):
         views = {view: views[view] for view in options.get("views", ("pooler",))}
         _, fitted, metrics = run(config(**options), views, targets, splits)
         metrics["splits"].pop("test")
-        metrics.pop("baseline")
+        metrics.pop("baseline", None)
         for epoch in metrics.get("history", []):
             epoch.pop("seconds")
         results.append((fitted, metrics))
@@ -241,6 +246,9 @@ def test_rows_with_several_labels(solver):
         right = ((apply_head(fitted, data, test) > 0) == sets[test]).mean()
         assert right > 0.8
         assert fitted.out_of_fold.shape == (len(data.splits.train), 3)
+        points = metrics["curves"][0]["points"]  # of labels, where metrics["splits"] counts rows that are all right
+        assert max(point["label_accuracy"] for point in points) > 0.8
+        assert not any("accuracy" in point for point in points)
         assert "baseline" not in metrics
         assert describe(metrics)
 

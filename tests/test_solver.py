@@ -197,6 +197,27 @@ def test_rows_that_are_right_beyond_doubt_keep_their_digits(num_classes):
     assert again.nll[0, 0] == pytest.approx(nll[folds == 0].mean(), rel=1e-4)
 
 
+def test_the_tolerance_of_a_path_does_not_change_the_choice():
+    """By loss, 1e-5 picks of 17 λ what 1e-7 picks, but for ties: neighbours within a tenth of a standard error."""
+    num_same = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, 5, 400)
+        features = rng.normal(size=(400, 16)) + rng.uniform(0.3, 1.5) * rng.normal(size=(5, 16))[labels]
+        basis = np.linalg.qr(rng.normal(size=(16, 16)))[0]
+        features = (features * np.logspace(0, -rng.uniform(0, 2), 16)) @ basis
+        solver = Problem((features - features.mean(axis=0)).astype(np.float32), labels, 5, folds=np.arange(400) % 5)
+        penalties = (np.logspace(1, -7, 17) * solver.mean_variance).tolist()
+        rough, fine = (solver.path(penalties, range(5), tolerance=tolerance) for tolerance in (1e-5, 1e-7))
+        assert fine.num_iterations.sum() > 1.5 * rough.num_iterations.sum()  # there is something to save
+        losses = fine.nll.mean(axis=1)
+        picked, best = rough.nll.mean(axis=1).argmin(), losses.argmin()
+        num_same += picked == best
+        assert abs(picked - best) <= 1
+        assert losses[picked] - losses[best] <= 0.1 * fine.nll[best].std(ddof=1) / 5**0.5
+    assert num_same >= 10
+
+
 def test_weights_are_as_good_as_repeated_rows():
     features, labels = problem(3)
     times = np.arange(60) // 3 % 3  # of every class: the bias of one that has no rows would fall for ever
@@ -238,6 +259,14 @@ def test_without_a_penalty_one_separable_class_is_enough():
     features[:, 0] = np.random.default_rng(5).normal(size=60) + 10 * (labels == 0)
     with pytest.raises(NumericalError, match="can be separated"):
         Problem(features - features.mean(axis=0), labels, 3).fit(0.0)
+
+
+def test_without_a_penalty_separable_groups_of_classes_have_no_optimum():
+    """0 and 1 overlap, and so do 2 and 3, but the pairs do not."""
+    features, labels = problem(4)
+    features[:, 0] = np.random.default_rng(5).normal(size=60) + 10 * (labels > 1)
+    with pytest.raises(NumericalError, match="some of them from the rest"):
+        Problem(features - features.mean(axis=0), labels, 4).fit(0.0)
 
 
 def test_without_a_penalty_overlapping_classes_have_one():

@@ -5,56 +5,41 @@ is judged by the head of the other folds. Either way every training row gets log
 it, at the λ chosen; a temperature fitted on those is divided out of the saved weights.
 """
 
-import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from probe.config import FitLinearConfig
 from probe.evaluation.calibration import fit_temperature
 from probe.heads import TrainedHead
-from probe.probing.curve import Curve, RowScores, beyond, edge_warning
+from probe.probing.curve import Curve, RowScores, edge_warning
 from probe.probing.features import Features, pieces
 from probe.probing.protocol import Data, Fitted, Report, row_weights, silent
 from probe.probing.reference import solve_with_sklearn
-from probe.probing.scaling import Kind, Scaling
-from probe.probing.solver import FoldPath, Problem, Solution
+from probe.probing.scaling import Scaling
+from probe.probing.search import (
+    AT_ONCE,
+    VAL,
+    Search,
+    choose_best,
+    criterion_of,
+    logits_of_classes,
+    prior_of,
+    search_path,
+)
+from probe.probing.solution import Solution
+from probe.probing.solver import Problem
 
-_AT_ONCE = 1024  # rows whose logits, of all candidates, are made at once
 _STRENGTHS = (0.0, 0.25, 0.5, 1.0)  # of the prior, 0 the plain probe
-_VAL = -2  # the fold that a given validation split is; training rows are in folds from 0, or in -1
-
-
-@dataclasses.dataclass(frozen=True)
-class _Search:
-    """The path of λ for one view, one scaling and one strength of the prior: weights are pulled to the zero-shot
-    head's, times that.
-
-    rows: of train, or of train and a given validation split. curve: what folds, or the rows of that split, say of each
-    λ; val_scores: of each λ on each row of that split, if given.
-    """
-
-    view: str
-    kind: Kind
-    strength: float
-    rows: np.ndarray
-    scaling: Scaling
-    features: Features
-    problem: Problem
-    penalties: np.ndarray
-    left_out: list[int]
-    path: FoldPath
-    curve: Curve
-    val_scores: RowScores | None
 
 
 def fit_convex(config: FitLinearConfig, data: Data, report: Report = silent) -> Fitted:
     """Chooses, fits and calibrates. Raises: NumericalError where λ is 0 and the classes can be separated."""
     strengths = (0.0,) if data.text_weights is None else _STRENGTHS
     candidates = itertools.product(config.views, config.scalings, strengths)
-    searches = [_search(config, data, *candidate, report) for candidate in candidates]
-    which, best = _choose(config, data, [search.curve for search in searches])
+    searches = [search_path(config, data, *candidate, report) for candidate in candidates]
+    which, best = choose_best(config, data, [search.curve for search in searches])
     chosen = searches[which]
     out_of_fold, num_stopped = _out_of_fold(config, data, chosen, best, report)
     temperature = _temperature(out_of_fold, data.labels[data.splits.train])
@@ -79,128 +64,21 @@ def fit_convex(config: FitLinearConfig, data: Data, report: Report = silent) -> 
         out_of_fold=out_of_fold,
         facts={
             "fitted_on": "train" if config.no_refit or not given else "train + val",
-            "view": chosen.view,
-            "scaling": chosen.kind,
-            **_strength(data, chosen),
+            **chosen.facts(data),
             "penalty": solution.penalty,
             "C": _to_c(solution.penalty, row_weights(config, data, _final_rows(config, data)).sum()),
             "solver": config.solver,
             "solution": solution.certificate(),
             "temperature": temperature,
-            "chosen_by": _criterion(config, data) + (", one standard error" if config.one_standard_error else ""),
+            "chosen_by": criterion_of(config, data) + (", one standard error" if config.one_standard_error else ""),
             "folds": None if given else len(chosen.left_out),
             "curves": [
-                {
-                    "view": s.view,
-                    "scaling": s.kind,
-                    **_strength(data, s),
-                    "points": s.curve.lines({"penalty": s.penalties}),
-                }
+                s.facts(data) | {"points": s.curve.lines({"penalty": s.penalties}, accuracy=data.curve_accuracy)}
                 for s in searches
             ],
         },
         warnings=(*_unjudged(chosen, judged), *_warnings(config, searches, chosen, best, solution, num_stopped)),
     )
-
-
-def _search(config: FitLinearConfig, data: Data, view: str, kind: Kind, strength: float, report: Report) -> _Search:
-    given = data.splits.val_is_given
-    rows = np.concatenate([data.splits.train, data.splits.val]) if given else data.splits.train
-    embeddings = data.embeddings[view]
-    scaling = Scaling.of(embeddings[rows], kind)
-    features = scaling.apply(embeddings[rows])
-    folds = np.where(np.isin(rows, data.splits.val), _VAL, data.folds[rows])
-    left_out = [_VAL] if given else sorted(set(folds.tolist()) - {-1})
-    problem = Problem(
-        features,
-        data.labels[rows],
-        data.num_classes,
-        weights=row_weights(config, data, rows),
-        folds=folds,
-        standardise_folds=kind == "standard",
-        prior=_prior(data, strength),
-    )
-    several = len(config.views) * len(config.scalings) > 1 or data.text_weights is not None
-
-    def watch(num_done: int, num_fits: int, _passes: int) -> None:
-        report("choosing λ" + (f", {view} {kind}{_of(strength)}" if several else ""), num_done, num_fits, "fits")
-
-    penalties = _penalties(config, problem)
-    path = problem.path(penalties.tolist(), left_out, watch=watch)
-    curve, scores = _judge(data, features, path)
-    _, best = _choose(config, data, [curve])
-    more = np.zeros(0) if config.penalties else beyond(penalties, best)
-    if len(more):
-        # Made as long as the grid, whose program is compiled already: a λ that repeats takes no pass.
-        padded = np.pad(more, (0, len(penalties) - len(more)), mode="edge")
-        further = problem.path(padded.tolist(), left_out, start=path.heads[best], watch=watch).first(len(more))
-        parts = [(more, further), (penalties, path)]
-        (penalties, path), (others, rest) = parts if best == 0 else parts[::-1]
-        penalties, path = np.concatenate([penalties, others]), path.then(rest)
-        curve, scores = _judge(data, features, path)
-    return _Search(view, kind, strength, rows, scaling, features, problem, penalties, left_out, path, curve, scores)
-
-
-def _prior(data: Data, strength: float) -> np.ndarray | None:
-    """[D, M] that the penalty pulls to, or None for 0. A constant of all classes is no part of it: it changes no
-    answer."""
-    if data.text_weights is None or strength == 0:
-        return None
-    weights = data.text_weights
-    return strength * (weights - weights.mean(axis=1, keepdims=True) if weights.shape[1] > 1 else weights)
-
-
-def _of(strength: float) -> str:
-    return f", text × {strength:g}" if strength else ""
-
-
-def _strength(data: Data, search: _Search) -> dict[str, float]:
-    """For metrics.json, where a prior was asked for."""
-    return {} if data.text_weights is None else {"prior_strength": search.strength}
-
-
-def _penalties(config: FitLinearConfig, problem: Problem) -> np.ndarray:
-    """Values of λ, falling: those asked for, or 17 over 8 decades about the features' mean variance."""
-    if config.penalties:
-        return np.array(sorted(config.penalties, reverse=True))
-    return np.logspace(1, -7, 17) * problem.mean_variance
-
-
-def _criterion(config: FitLinearConfig, data: Data) -> str:
-    return "nll" if data.multi_label else config.criterion
-
-
-def _choose(
-    config: FitLinearConfig, data: Data, curves: Sequence[Curve], without: int | None = None
-) -> tuple[int, int]:
-    """Which search, and which λ on its path; of equals the first that was asked for. without: a part without a say."""
-    criterion = _criterion(config, data)
-    best = [curve.best(criterion, without=without, one_standard_error=config.one_standard_error) for curve in curves]
-    scores = [curve.score(i, criterion, without=without) for curve, i in zip(curves, best, strict=True)]
-    which = min(range(len(curves)), key=lambda k: scores[k])
-    return which, best[which]
-
-
-def _judge(data: Data, features: Features, path: FoldPath) -> tuple[Curve, RowScores | None]:
-    """What the folds say of each λ, or the rows of a given validation split, the last of the features."""
-    if not data.splits.val_is_given:
-        return Curve(path.accuracy, path.nll, path.count), None
-    heads, labels = path.heads[:, 0], data.labels[data.splits.val]
-    num_candidates, _, num_outputs = heads.shape
-    kernel = heads[:, :-1].transpose(1, 0, 2).reshape(features.shape[1], -1)
-    scores = RowScores(*np.empty((2, num_candidates, len(labels))))
-    for at, part in pieces(features[-len(labels) :], _AT_ONCE):
-        logits = (part @ kernel).reshape(len(part), num_candidates, num_outputs).transpose(1, 0, 2)
-        of_part = RowScores.of(_class_logits(logits + heads[:, None, -1], data), labels[at])
-        scores.hits[:, at], scores.losses[:, at] = of_part.hits, of_part.losses
-    return scores.curve(), scores
-
-
-def _class_logits(logits: np.ndarray, data: Data) -> np.ndarray:
-    """[…, M] -> [..., C]: the one logit of two classes becomes two."""
-    if logits.shape[-1] == 1 and not data.multi_label:
-        return np.concatenate([np.zeros_like(logits), logits], axis=-1)
-    return logits
 
 
 def _logits_by_fold(data: Data, features: Features, folds: np.ndarray, heads: Mapping[int, np.ndarray]) -> np.ndarray:
@@ -210,14 +88,14 @@ def _logits_by_fold(data: Data, features: Features, folds: np.ndarray, heads: Ma
       folds: [n] of each row of the features.
     """
     logits = np.full((len(folds), data.num_classes), np.nan, np.float32)
-    for at, part in pieces(features, _AT_ONCE):
+    for at, part in pieces(features, AT_ONCE):
         for fold, head in heads.items():
             held = folds[at] == fold
-            logits[at[held]] = _class_logits(part[held] @ head[:-1] + head[-1], data)
+            logits[at[held]] = logits_of_classes(part[held] @ head[:-1] + head[-1], data)
     return logits
 
 
-def _judged_by_folds(config: FitLinearConfig, data: Data, searches: list[_Search]) -> np.ndarray | None:
+def _judged_by_folds(config: FitLinearConfig, data: Data, searches: list[Search]) -> np.ndarray | None:
     """[N train, C]: each fold by the head of the other folds, at the candidate that the other folds chose; None where
     there is no other fold that could choose: then no honest figure exists."""
     if len(searches[0].left_out) < 2:
@@ -225,7 +103,7 @@ def _judged_by_folds(config: FitLinearConfig, data: Data, searches: list[_Search
     curves, folds = [search.curve for search in searches], data.folds[data.splits.train]
     heads: dict[int, dict[int, np.ndarray]] = {}
     for part, fold in enumerate(searches[0].left_out):
-        which, i = _choose(config, data, curves, part)
+        which, i = choose_best(config, data, curves, part)
         heads.setdefault(which, {})[fold] = searches[which].path.heads[i, part]
     judged = np.full((len(folds), data.num_classes), np.nan, np.float32)
     for which, of_folds in heads.items():
@@ -234,7 +112,7 @@ def _judged_by_folds(config: FitLinearConfig, data: Data, searches: list[_Search
     return judged
 
 
-def _judged_by_halves(config: FitLinearConfig, data: Data, searches: list[_Search]) -> np.ndarray | None:
+def _judged_by_halves(config: FitLinearConfig, data: Data, searches: list[Search]) -> np.ndarray | None:
     """[N val, C]: each half of the validation rows by the candidate that the other half chose."""
     every = [search.val_scores for search in searches if search.val_scores is not None]
     starts = np.cumsum([0] + [len(scores.hits) for scores in every])
@@ -242,7 +120,7 @@ def _judged_by_halves(config: FitLinearConfig, data: Data, searches: list[_Searc
 
     def choose(curve: Curve) -> int:
         parts = [curve[first:end] for first, end in itertools.pairwise(starts)]
-        which, i = _choose(config, data, parts)
+        which, i = choose_best(config, data, parts)
         return int(starts[which]) + i
 
     labels = data.labels[data.splits.val]
@@ -258,7 +136,7 @@ def _judged_by_halves(config: FitLinearConfig, data: Data, searches: list[_Searc
 
 
 def _out_of_fold(
-    config: FitLinearConfig, data: Data, chosen: _Search, best: int, report: Report
+    config: FitLinearConfig, data: Data, chosen: Search, best: int, report: Report
 ) -> tuple[np.ndarray, int]:
     """[N train, C] at the λ chosen, and how many fits made for it did not converge. With a given validation split, the
     folds are fitted now, from train's head; where none can be left out, all are NaN."""
@@ -277,7 +155,7 @@ def _out_of_fold(
             weights=weights,
             folds=folds,
             standardise_folds=chosen.kind == "standard",
-            prior=_prior(data, chosen.strength),
+            prior=prior_of(data, chosen.strength),
         )
         penalty = chosen.penalties[best] * row_weights(config, data, chosen.rows).sum() / weights.sum()
 
@@ -295,7 +173,7 @@ def _final_rows(config: FitLinearConfig, data: Data) -> np.ndarray:
     return data.splits.train
 
 
-def _final(config: FitLinearConfig, data: Data, chosen: _Search, best: int, report: Report) -> tuple[Solution, Scaling]:
+def _final(config: FitLinearConfig, data: Data, chosen: Search, best: int, report: Report) -> tuple[Solution, Scaling]:
     """The certified fit of all rows that may be used, at the C chosen, and what its features are."""
     rows = _final_rows(config, data)
     weights = row_weights(config, data, rows)
@@ -304,7 +182,7 @@ def _final(config: FitLinearConfig, data: Data, chosen: _Search, best: int, repo
     if len(rows) != len(chosen.rows):  # train alone, where the path was fitted beside validation
         scaling = Scaling.of(data.embeddings[chosen.view][rows], chosen.kind)
         features = scaling.apply(data.embeddings[chosen.view][rows])
-        prior = _prior(data, chosen.strength)
+        prior = prior_of(data, chosen.strength)
         problem = Problem(features, data.labels[rows], data.num_classes, weights=weights, prior=prior)
     if config.solver == "sklearn":
         assert isinstance(features, np.ndarray), "fit_linear streams only for our own solver"
@@ -325,14 +203,14 @@ def _to_c(penalty: float, total: float) -> float | None:
     return 1 / (penalty * total) if penalty > 0 else None
 
 
-def _unjudged(chosen: _Search, judged: np.ndarray) -> tuple[str, ...]:
+def _unjudged(chosen: Search, judged: np.ndarray) -> tuple[str, ...]:
     """What is missing where too few rows can be left out. judged: [N train] bool, whether a row was."""
     if not judged.any():
         return (
             "no training row can be left out: there are no out-of-fold answers and no temperature fitted on them, "
             "so that probabilities are as they were fitted. Add training examples.",
         )
-    if chosen.left_out == [_VAL] or len(chosen.left_out) > 1:
+    if chosen.left_out == [VAL] or len(chosen.left_out) > 1:
         return ()
     return (
         "one fold alone can be left out, and it chose λ: there is no validation figure. Add examples or groups, or a "
@@ -341,7 +219,7 @@ def _unjudged(chosen: _Search, judged: np.ndarray) -> tuple[str, ...]:
 
 
 def _warnings(
-    config: FitLinearConfig, searches: list[_Search], chosen: _Search, best: int, solution: Solution, num_stopped: int
+    config: FitLinearConfig, searches: list[Search], chosen: Search, best: int, solution: Solution, num_stopped: int
 ) -> tuple[str, ...]:
     """What a person should know of the fits. num_stopped: of those without each fold, how many did not converge."""
     found = [*edge_warning(chosen.penalties, best)]
@@ -362,7 +240,7 @@ def _warnings(
         if search is not chosen and not search.path.converged.all():
             stopped = ~search.path.converged
             found.append(
-                f"{int(stopped.sum())} of {stopped.size} fits of {search.view} {search.kind}{_of(search.strength)}, "
+                f"{int(stopped.sum())} of {stopped.size} fits of {search.name}, "
                 "which was not chosen, did not converge, so that it may be better than it looks: leave out the "
                 "smallest λ with --penalties"
             )

@@ -65,17 +65,20 @@ class Curve:
             return error
         return np.zeros(len(by_part)) if by_row is None else by_row
 
-    def lines(self, candidates: dict[str, np.ndarray], *, loss: str = "nll") -> list[dict[str, float | None]]:
+    def lines(
+        self, candidates: dict[str, np.ndarray], *, accuracy: str = "accuracy", loss: str = "nll"
+    ) -> list[dict[str, float | None]]:
         """For metrics.json: of each candidate the mean over rows and its standard error.
 
         Args:
-          candidates: what each is, as {name: [L] values}; loss: the name of the loss.
+          candidates: what each is, as {name: [L] values}. accuracy, loss: what they are called; the accuracy of
+            several labels a row is the share of labels, not that of rows whose labels are all right.
         """
         known = len(self.count) > 1 or self.loss_error is not None
         table: list[dict[str, float | None]] = []
         for i in range(len(self.loss)):
             line: dict[str, float | None] = {name: float(values[i]) for name, values in candidates.items()}
-            for name, scores, of in (("accuracy", self.accuracy, "accuracy"), (loss, self.loss, "nll")):
+            for name, scores, of in ((accuracy, self.accuracy, "accuracy"), (loss, self.loss, "nll")):
                 line[name] = float(np.average(scores[i], weights=self.count))
                 line[f"{name}_se"] = float(self._errors(of)[i]) if known else None
             table.append(line)

@@ -48,6 +48,11 @@ class Data:
     def multi_label(self) -> bool:
         return self.labels.ndim == 2
 
+    @property
+    def curve_accuracy(self) -> str:
+        """What curves call the share of right answers: of labels, where a row has several."""
+        return "label_accuracy" if self.multi_label else "accuracy"
+
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:

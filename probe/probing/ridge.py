@@ -153,7 +153,7 @@ def fit_ridge(config: FitLinearConfig, data: Data) -> Fitted:
                 {
                     "view": view,
                     "scaling": kind,
-                    "points": curve.lines({"penalty": penalties}, loss="squared_error"),
+                    "points": curve.lines({"penalty": penalties}, accuracy=data.curve_accuracy, loss="squared_error"),
                 }
             ],
         },

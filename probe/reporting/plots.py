@@ -69,13 +69,21 @@ def reliability_chart(after: Sequence[Bin], before: Sequence[Bin] | None) -> Cha
     )
 
 
+_FIGURES = {  # of a curve over λ, and their axis
+    "accuracy": "accuracy",
+    "label_accuracy": "share of right labels",
+    "nll": "nats per row",
+    "squared_error": "squared error",
+}
+
+
 def choice_charts(metrics: Mapping[str, Any]) -> list[Chart]:
     """How what was chosen was chosen: λ, neighbours, or how far to go from the start."""
     charts = []
     curves = metrics.get("curves", [])
     if curves and "points" in curves[0]:
         chosen = (metrics["penalty"], f"λ {number(metrics['penalty'])}") if metrics.get("penalty") else None
-        for figure, label in (("accuracy", "accuracy"), ("nll", "nats per row"), ("squared_error", "squared error")):
+        for figure, label in _FIGURES.items():
             series = []
             for colour, curve in enumerate(curves):
                 points = [point for point in curve["points"] if point["penalty"] > 0 and figure in point]
@@ -95,9 +103,7 @@ def choice_charts(metrics: Mapping[str, Any]) -> list[Chart]:
                 charts.append(
                     line_chart(
                         series,
-                        title={"accuracy": "Accuracy by λ", "nll": "Negative log-likelihood by λ"}.get(
-                            figure, "Squared error by λ"
-                        ),
+                        title=f"{'Negative log-likelihood' if figure == 'nll' else label.capitalize()} by λ",
                         description=f"{label} on rows left out, for each strength of the regularisation λ"
                         + (", with one standard error" if figure != "squared_error" else "")
                         + ("" if chosen is None else f". Chosen: {chosen[1]}."),
@@ -105,7 +111,7 @@ def choice_charts(metrics: Mapping[str, Any]) -> list[Chart]:
                         y_label=label,
                         log_x=True,
                         chosen=chosen if chosen and _spans(series, chosen[0]) else None,
-                        percent_y=figure == "accuracy",
+                        percent_y=figure.endswith("accuracy"),
                     )
                 )
     elif curves and "num_neighbours" in curves[0]:
