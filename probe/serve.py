@@ -19,10 +19,10 @@ from probe.sources import display_name
 from probe.sources.origin import describe_origin
 
 _BATCH = 32
-"""Images per step of an accelerator, which is hardly slower with them than with one."""
+"""Images per step of an accelerator."""
 _CPU_BATCH = 8
-"""And of a CPU, where a step of eight takes at most twice as long as one of one image; else it is one image: a large
-backbone keeps a CPU busy with one, and whoever asks alone would pay for eight."""
+"""Images per step of a CPU where a step of eight takes at most twice as long as one of one image. Else it is one: a
+large backbone keeps a CPU busy with it, and whoever asks alone would pay for eight."""
 _TIMINGS = 4
 _SHOWN_NAMES = 12
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")

@@ -163,10 +163,13 @@ def test_answers_are_those_of_predict_to_the_bit(run: str, trained: Path) -> Non
     images = trained / "images" / "test"
     wanted = predict(PredictConfig(run=trained / run, images=(images,), batch_size=BATCH))
     with serving(trained / run) as (client, _):
+        described = json.loads(client.ask(path="/openapi.json")[2])
+        validate(described)
         for line in wanted["predictions"]:
             data = (images / line["path"]).read_bytes()
             status, raw = client.predict(data)
             assert status == 200
+            assert_described(described, status, raw)
             assert raw["predicted"] == line["predicted"]
             assert raw["probabilities"] == dict(zip(wanted["class_names"], line["probabilities"], strict=True))
             body, headers = form(data)
@@ -413,25 +416,30 @@ def test_the_page_may_load_nothing_but_itself(client: Client) -> None:
     assert re.findall(r"(?:src|href)=\"([^\"]*)\"", page) == ["data:,", "/openapi.json"]
 
 
-@pytest.mark.parametrize("run", ["run", "labelled"])
-def test_the_description_is_valid_and_holds(run: str, trained: Path) -> None:
-    with serving(trained / run, max_bytes=100_000) as (client, _):
-        described = json.loads(client.ask(path="/openapi.json")[2])
-        answers = [
-            client.predict((trained / "images" / "train" / "red" / "000.png").read_bytes()),
-            client.predict(picture(), path="/predict?thumbnails=true"),
-            client.predict(b"no image"),
-            client.predict(bytes(100_001)),
-            client.predict(*[form()[0]], headers=form()[1]),
-        ]
+def test_the_description_is_valid_and_holds(client: Client, trained: Path) -> None:
+    described = json.loads(client.ask(path="/openapi.json")[2])
     validate(described)
-    responses = described["paths"]["/predict"]["post"]["responses"]
-    assert [status for status, _ in answers] == [200, 200, 422, 413, 400]
+    answers = [
+        client.predict((trained / "images" / "train" / "red" / "000.png").read_bytes()),
+        client.predict(picture(), path="/predict?thumbnails=true"),
+        client.predict(b"no image"),
+        client.predict(bytes(200_001)),
+        client.predict(form()[0], headers=form()[1]),
+        client.predict(picture(), headers={"Origin": "http://evil.example"}),
+        client.predict(picture(), headers={"Host": "evil.example"}),
+    ]
+    assert [status for status, _ in answers] == [200, 200, 422, 413, 400, 403, 421]
     for status, answer in answers:
-        schema = responses[str(status)]["content"]["application/json"]["schema"]
-        jsonschema.validate(answer, {**schema, "components": described["components"]})
+        assert_described(described, status, answer)
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({}, {**schema, "components": described["components"]})
+            assert_described(described, status, {})
+
+
+def assert_described(described: dict[str, Any], status: int, answer: dict[str, Any]) -> None:
+    """An answer is what the description says of its status."""
+    response = described["paths"]["/predict"]["post"]["responses"][str(status)]
+    schema = response["content"]["application/json"]["schema"]
+    jsonschema.validate(answer, {**schema, "components": described["components"]})
 
 
 # The command
