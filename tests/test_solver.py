@@ -26,11 +26,12 @@ def problem(num_classes, seed=0, num_rows=60):
 
 
 @pytest.mark.parametrize("num_classes", [2, 4])
-def test_same_optimum_as_scikit_learn(num_classes):
+@pytest.mark.parametrize("by_float32", [False, True])
+def test_same_optimum_as_scikit_learn(num_classes, by_float32):
     features, labels = problem(num_classes)
     solver = Problem(features, labels, num_classes)
     for penalty in PENALTIES:
-        ours, theirs = solver.fit(penalty), solve_with_sklearn(solver, features, labels, penalty)
+        ours, theirs = solver.fit(penalty, by_float32=by_float32), solve_with_sklearn(solver, features, labels, penalty)
         assert ours.converged
         assert ours.kernel.shape == (WIDTH, 1 if num_classes == 2 else num_classes)
         assert ours.objective == pytest.approx(theirs.objective, rel=1e-8)
@@ -60,11 +61,13 @@ def test_scikit_learn_makes_no_hessian_that_is_too_large():
     weighted=st.booleans(),
     shift=st.floats(0, 3),
     seed=st.integers(0, 2**32 - 1),
+    by_float32=st.booleans(),
 )
-@example(30, 3, 8.0, -8.0, "duplicated", True, False, 3.0, 1)  # near-singular and separable
-@example(9, 3, 7.0, -7.5, "independent", True, True, 1.0, 40170443)  # L-BFGS sees a gap of 1e-10 where it is 1e-6
+@example(30, 3, 8.0, -8.0, "duplicated", True, False, 3.0, 1, False)  # near-singular and separable
+@example(30, 3, 8.0, -8.0, "duplicated", True, False, 3.0, 1, True)
+@example(9, 3, 7.0, -7.5, "independent", True, True, 1.0, 40170443, False)  # L-BFGS sees a gap of 1e-10: it is 1e-6
 def test_same_optimum_over_random_problems(
-    num_rows, num_classes, condition, penalty, columns, lonely_class, weighted, shift, seed
+    num_rows, num_classes, condition, penalty, columns, lonely_class, weighted, shift, seed, by_float32
 ):
     rng = np.random.default_rng(seed)
     labels = np.arange(num_rows) % num_classes
@@ -80,7 +83,7 @@ def test_same_optimum_over_random_problems(
     features = (features - features.mean(axis=0)).astype(np.float32)
     weights = rng.uniform(0.1, 2, num_rows) if weighted else np.ones(num_rows)
     solver = Problem(features, labels, num_classes, weights=weights)
-    ours = solver.fit(10.0**penalty)
+    ours = solver.fit(10.0**penalty, by_float32=by_float32)
     theirs = solve_with_sklearn(solver, features, labels, 10.0**penalty, weights=weights, tolerance=1e-12)
     assert ours.objective <= theirs.objective * (1 + 1e-6) or not ours.converged
     assert ours.objective <= theirs.objective * (1 + 1e-3)
@@ -94,8 +97,9 @@ def test_same_optimum_over_random_problems(
     penalty=st.floats(-6, 4),
     shift=st.floats(0, 3),
     seed=st.integers(0, 2**32 - 1),
+    by_float32=st.booleans(),
 )
-def test_well_conditioned_problems_converge(num_classes, several, condition, penalty, shift, seed):
+def test_well_conditioned_problems_converge(num_classes, several, condition, penalty, shift, seed, by_float32):
     """No certificate that says why not: to the optimum, with deviations four decades apart at most."""
     rng = np.random.default_rng(seed)
     num_classes = 6 if several else num_classes
@@ -106,7 +110,7 @@ def test_well_conditioned_problems_converge(num_classes, several, condition, pen
     features = (features - features.mean(axis=0)).astype(np.float32)
     targets = np.eye(num_classes, dtype=bool)[labels] ^ (rng.random((60, num_classes)) < 0.1) if several else labels
     solver = Problem(features, targets, num_classes)
-    ours = solver.fit(10.0**penalty)
+    ours = solver.fit(10.0**penalty, by_float32=by_float32)
     theirs = solve_with_sklearn(solver, features, targets, 10.0**penalty, tolerance=1e-12)
     assert ours.converged
     assert ours.objective <= theirs.objective * (1 + 1e-6)
@@ -237,9 +241,10 @@ def test_softmax_biases_are_centred_and_free_of_the_penalty():
     assert binary.bias[0] == pytest.approx(np.log(2), abs=1e-4)  # twice as many of one as of the other
 
 
-def test_an_unfinished_solution_says_so():
+@pytest.mark.parametrize("by_float32", [False, True])
+def test_an_unfinished_solution_says_so(by_float32):
     features, labels = problem(3)
-    solution = Problem(features, labels, 3).fit(1e-6, start=np.zeros((WIDTH + 1, 3)), max_iterations=2)
+    solution = Problem(features, labels, 3).fit(1e-6, max_iterations=2, by_float32=by_float32)
     assert not solution.converged
     assert solution.num_iterations == 2
     assert solution.certificate()["gradient_norm"] > 1e-6 * solution.initial_gradient_norm

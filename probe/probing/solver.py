@@ -31,6 +31,7 @@ from probe.probing.solution import FoldPath, Solution
 
 _CHUNK = 1024  # rows whose logits for 500 columns (2 MB) stay in the cache: 377 GFLOP/s; 310 with 4,096
 _STREAMED = 512  # rows at a time where memory is short: with 1,024 features a pass in float64 takes some 30 MB
+_LARGE = 500_000_000  # multiplications of a product from which a pass in float64 takes a fiftieth of compiling
 _IN_FLOAT32 = 200  # iterations of a final fit after which float64 must take over
 _MARGIN = 0.5  # of the gradient tolerance that is left to float32's rounding, so that float64 has but to confirm it
 _PROVEN = 1e-6  # share of the objective by which a converged fit may be above the optimum, proven by its gradient
@@ -158,6 +159,7 @@ class Problem:
         gradient_tolerance: float = 1e-6,
         max_iterations: int = 2000,
         watch: Watch | None = None,
+        by_float32: bool | None = None,
     ) -> Solution:
         """Fits one head to all rows, to a certified optimum in float64.
 
@@ -166,6 +168,8 @@ class Problem:
           gap_tolerance: of the gap to the optimum, as a share of the objective.
           gradient_tolerance: of the gradient's norm, as a share of its norm at zero.
           watch: told now and then how many passes there were.
+          by_float32: whether float32 makes the way to where only float64 can tell the difference, in passes of half the
+            cost or less (default: where that saves more than a second program takes to compile).
         Raises: NumericalError if λ is 0 and the classes can be separated.
         """
         weights = self._as_lanes(
@@ -175,17 +179,20 @@ class Problem:
             check_not_separated(self._features, self._labels, self._weights > 0, weights)
         initial = self._norms_at_zero(weights)
         target = gradient_tolerance * initial
-        # float32 passes cost half or less, and bring the head to where only float64 can tell the difference, if at all
-        most = min(max_iterations, _IN_FLOAT32)
-        near = self._descend(weights, penalty, gap_tolerance, _MARGIN * target, most, np.float32, watch)
-        num_before = int(near.num_iterations.max())
+        if by_float32 is None:
+            by_float32 = len(self._labels) * self._width * self._num_outputs * self._num_labels >= _LARGE
+        num_before = 0
+        if by_float32:
+            most = min(max_iterations, _IN_FLOAT32)
+            near = self._descend(weights, penalty, gap_tolerance, _MARGIN * target, most, np.float32, watch)
+            weights, num_before = near.weights, int(near.num_iterations.max())
 
         def watch_rest(num_done: int, num_fits: int, num_passes: int) -> None:
             if watch is not None:
                 watch(num_done, num_fits, num_before + num_passes)
 
         most = max_iterations - num_before
-        path = self._descend(near.weights, penalty, gap_tolerance, target, most, np.float64, watch_rest)
+        path = self._descend(weights, penalty, gap_tolerance, target, most, np.float64, watch_rest)
         if penalty == 0:
             check_not_separated(self._features, self._labels, self._weights > 0, path.weights)
         return self._solution(path, penalty, initial, num_before)
