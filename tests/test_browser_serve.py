@@ -201,6 +201,7 @@ def test_a_server_that_has_ended_is_said(browser, trained: Path) -> None:
         page = browser.new_page()
         page.goto(client.url)
     drop(page, *files_of(trained, "test")[:1])
+    assert page.locator("h3").inner_text() == "No answer"
     assert "does probe serve still run?" in page.locator(".why").inner_text()
     page.close()
 

@@ -43,7 +43,7 @@
         response = await fetch("/predict?thumbnails=true", { method: "POST", body: file, headers: { "content-type": "application/octet-stream" } });
         if (response.status !== 503 || tries === MOST_TRIES) return await response.json();
       } catch {
-        return { error: { detail: "the server does not answer: does probe serve still run?" } };
+        return { error: { reason: "away", detail: "the server does not answer: does probe serve still run?" } };
       }
       await pause(Number(response.headers.get("retry-after")) || 1);
     }
@@ -82,10 +82,10 @@
   function tell(entry, file, answer) {
     entry.item.removeAttribute("aria-busy");
     if (!answer.predicted) {
-      const why = answer.error || { detail: "the server gave no answer" };
+      const why = answer.error, title = why.reason === "away" || why.reason === "busy" ? "No answer" : "Cannot be read";
       entry.item.className = "answer failed";
-      entry.told.replaceChildren(make("h3", { class: "predicted" }, "Cannot be read"), make("p", { class: "why" }, shown(why.detail)));
-      said.textContent = `${shown(file.name)}: cannot be read: ${shown(why.detail)}`;
+      entry.told.replaceChildren(make("h3", { class: "predicted" }, title), make("p", { class: "why" }, shown(why.detail)));
+      said.textContent = `${shown(file.name)}: ${title.toLowerCase()}: ${shown(why.detail)}`;
       return;
     }
     const names = [].concat(answer.predicted).map(shown), text = names.join(", ") || "None of the classes";
