@@ -7,6 +7,7 @@ import platform
 import sys
 from pathlib import Path
 
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Programs that probe has compiled. It makes them anew.\n"
 _LEAST_SECONDS = "0.1"  # of compilation, below which a program is not worth a file
 
 
@@ -22,6 +23,9 @@ def keep_compiled_programs() -> None:
         folder = _cache_home() / "probe" / "compiled" / _processor()
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
+            tag = folder.parents[1] / "CACHEDIR.TAG"  # backups leave such a folder out: https://bford.info/cachedir
+            if not tag.exists():
+                tag.write_text(_TAG)
             os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
             os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _LEAST_SECONDS)
 

@@ -199,6 +199,8 @@ def test_the_second_process_compiles_nothing(image_folder: Path, tiny_clip: Path
 
     hit = "Persistent compilation cache hit for 'jit_program"
     assert [hit in log_of(name) for name in ("first", "second")] == [False, True]
+    tag = (tmp_path / "home" / "probe" / "CACHEDIR.TAG").read_text()
+    assert tag.startswith("Signature: 8a477f597d28d172789f06886806bc55")  # by which backups know a cache
     (tmp_path / "file").write_text("")
     environment["XDG_CACHE_HOME"] = str(tmp_path / "file")  # where no folder can be made, nothing is kept
     assert "cache" not in log_of("third").replace("/cache", "")

@@ -4,6 +4,7 @@ Each is an extra of its own, and a class with `write` for an epoch as it ends, `
 and `close`. Nothing is opened before training begins, so that a mistake in the options leaves no empty run behind.
 """
 
+import contextlib
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -94,5 +95,6 @@ class Logs:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for log in self._open:
-            log.close(failed=kind is not None)
+        with contextlib.ExitStack() as all_of_them:  # also where one cannot be closed
+            for log in self._open:
+                all_of_them.callback(log.close, failed=kind is not None)
