@@ -5,6 +5,7 @@ the result, or {"error": {"kind", "exit_code", "message"}}, and "schema_version"
 goes or changes its meaning.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
@@ -185,7 +186,8 @@ def _tell_error(arguments: list[str], err: ProbeError) -> None:
     """Whoever asked for JSON reads of the error there, too."""
     if "--json" in arguments:
         told = {"kind": type(err).__name__, "exit_code": err.exit_code, "message": str(err)}
-        print(_json({"error": told}), flush=True)
+        with contextlib.suppress(BrokenPipeError):  # whoever read our output has enough
+            print(_json({"error": told}), flush=True)
 
 
 def _run(config: object) -> tuple[dict[str, Any], str]:

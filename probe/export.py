@@ -5,6 +5,7 @@ from typing import Any
 
 from probe import bundle
 from probe.config import ExportConfig
+from probe.errors import InputError
 from probe.exporting.classifier import Classifier
 from probe.exporting.hub import to_hub
 from probe.exporting.onnx_file import to_onnx
@@ -30,7 +31,12 @@ def export(config: ExportConfig) -> dict[str, Any]:
         require_file(out, overwrite=config.overwrite)
     else:
         require_free(out, replacing=mark if config.overwrite else None)
-    classifier = Classifier.of(run, backbone=config.backbone, head_alone=config.part == "head")
+    try:
+        classifier = Classifier.of(run, backbone=config.backbone, head_alone=config.part == "head")
+    except InputError as err:
+        if config.format == "hub":
+            raise
+        raise InputError(f"{err} The head alone, which takes embeddings, needs none: --part head.") from err
     if mark is None:
         content = to_onnx(classifier) if config.format == "onnx" else to_safetensors(classifier)
         atomic_write_bytes(out, content)

@@ -407,6 +407,16 @@ for form in ("onnx", "jax", "safetensors", "hub"):
         assert err == "probe: error: --format onnx needs one more package: pip install 'probe-jax[onnx]'\n"
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_backbone_that_is_gone_is_not_needed_for_the_head(self, tmp_path: Path, capsys) -> None:
+        checkpoint = write_tiny_clip(tmp_path / "clip")
+        run = save_random(tmp_path / "run", checkpoint, "linear")
+        checkpoint.rename(tmp_path / "moved")
+        err = refused(capsys, 3, run, "--format", "jax")
+        assert "--backbone" in err
+        assert "--part head" in err
+        export(run, "jax", tmp_path / "whole", "--backbone", str(tmp_path / "moved"))
+        export(run, "jax", tmp_path / "alone", "--part", "head")
+
     def test_where_nothing_is_said_it_is_written_beside_the_run(self, trained: Path, tmp_path: Path, capsys) -> None:
         run = save_random(tmp_path / "run", trained / "backbone-clip", "linear")
         for form, name in (
