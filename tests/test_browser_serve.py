@@ -21,7 +21,7 @@ from tests.conftest import write_image_folder
 from tests.test_browser import VIEWS
 from tests.test_serve import Client, serving
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 EVIL = "<img src=x onerror=alert(1)>"
 
 

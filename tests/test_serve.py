@@ -43,7 +43,7 @@ from probe.serving.batching import Batcher, BusyError, Room
 from tests.checkpoints import write_tiny_clip
 from tests.conftest import write_image_folder
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 BATCH = 4
 
 
@@ -465,7 +465,7 @@ def test_sigterm_ends_it_when_what_is_under_way_is_answered(trained: Path) -> No
             for one, seed in ((held, 1), (other, 2)):
                 one.sendall(picture(seed)[-1:])
                 assert one.recv(20).startswith(b"HTTP/1.1 200")
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     total = json.loads(out)
     assert (total["url"], total["num_images"], total["num_refused"]) == (client.url, 4, 0)
@@ -489,7 +489,7 @@ def test_the_commands_of_the_readme(trained: Path, tmp_path: Path) -> None:
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert set(json.loads(done.stdout)["probabilities"]) == {"blue", "green", "red"}
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert out == "answered 1 (steps 1), refused 0\n"
 
