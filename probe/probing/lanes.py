@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from probe.probing.lbfgs import MEMORY, Pairs, direction, dot, penalised, per_lane
 from probe.probing.passes import Lanes, Rows, StreamedRows, Sums, evaluate, zero_sums
 
 Limits = tuple[Any, Any, Any, Any]  # gap_tolerance, bound_tolerance, target_norm, max_iterations, as `walk` has them
 Watch = Callable[[int, int, int], None]  # fits done, of how many, after how many passes
 
 _SECONDS = 0.5  # a program of several passes may take twice as long before the host has its word
-_MEMORY = 10  # L-BFGS pairs; 5 take 1.2 times the passes at 1e-6, 20 take 0.85 times
 _MAX_HALVINGS = 15  # of one line search, before a lane gives up at its λ
 
 
@@ -55,38 +55,22 @@ class State:
     """Where all lanes are between two passes.
 
     weights, sums: of the last accepted point. step, direction: the trial is weights + step · direction.
-    steps, changes [K, m, M, D + 1]: the last moves and what the data's gradient changed by."""
+    """
 
     weights: Any
     sums: Sums
     direction: Any
     step: Any
-    steps: Any
-    changes: Any
-    num_pairs: Any
+    pairs: Pairs
     num_halvings: Any
     num_iterations: Any
     index: Any
     path: Path
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Inner products per lane: [K, M, D + 1] -> [K]."""
-    return jnp.asarray(jnp.sum(a * b, axis=(1, 2)))
-
-
-def _per_lane(values: jax.Array) -> jax.Array:
-    return values[:, None, None]
-
-
-def _penalised(weights: jax.Array, penalty: jax.Array) -> jax.Array:
-    """What the penalty adds to the change of the gradient over a step: λ times it, with zero for the bias."""
-    return jnp.asarray((weights * _per_lane(penalty)).at[..., -1].set(0))
-
-
 def _pull(weights: jax.Array, lanes: Lanes, penalty: jax.Array) -> jax.Array:
     """Gradient of the penalty: λ·(W - prior) with zero for the bias."""
-    return _penalised(weights - lanes.prior, penalty)
+    return penalised(weights - lanes.prior, penalty)
 
 
 def _objective(weights: jax.Array, loss: jax.Array, lanes: Lanes, penalty: jax.Array) -> jax.Array:
@@ -99,57 +83,9 @@ def _penalty(lanes: Lanes, index: jax.Array) -> jax.Array:
     return jnp.asarray(lanes.penalties[jnp.minimum(index, last), jnp.arange(lanes.penalties.shape[1])])
 
 
-def _precondition(lanes: Lanes, curvature: jax.Array, penalty: jax.Array, vectors: jax.Array) -> jax.Array:
-    """(α·S + λI)⁻¹ applied to [K, M, D + 1]."""
-    limits = np.finfo(vectors.dtype)
-    tiny = float(limits.tiny) ** 0.5
-    # Directions that hold nothing but rounding errors must not be blown up.
-    least = float(limits.eps) * lanes.eigenvalues[-1]
-    diagonal = curvature[:, None] * jnp.maximum(lanes.eigenvalues, least) + penalty[:, None] + tiny
-    rotated = jnp.matmul(vectors[..., :-1], lanes.eigenvectors, precision="highest") / diagonal[:, None]
-    kernel = jnp.matmul(rotated, lanes.eigenvectors.T, precision="highest")
-    bias = vectors[..., -1:] / (_per_lane(curvature) + tiny)
-    return jnp.concatenate([kernel, bias], axis=-1)
-
-
-def _direction(state: State, lanes: Lanes) -> jax.Array:
-    """The L-BFGS step of each lane at its λ, by the two-loop recursion."""
-    penalty = _penalty(lanes, state.index)
-    lane = jnp.arange(len(penalty))
-
-    def pair(age: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        slot = (state.num_pairs - 1 - age) % _MEMORY
-        step = state.steps[lane, slot]
-        change = state.changes[lane, slot] + _penalised(step, penalty)
-        product = _dot(step, change)
-        usable = (age < state.num_pairs) & (product > 0)
-        return step, change, jnp.where(usable, 1 / jnp.where(usable, product, 1), 0)
-
-    def newest_first(age: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        vector, factors = carry
-        step, change, inverse = pair(age)
-        factor = inverse * _dot(step, vector)
-        return vector - _per_lane(factor) * change, factors.at[age].set(factor)
-
-    def oldest_first(i: jax.Array, vector: jax.Array) -> jax.Array:
-        step, change, inverse = pair(_MEMORY - 1 - i)
-        factor = inverse * _dot(change, vector)
-        return vector + _per_lane(factors[_MEMORY - 1 - i] * (inverse > 0) - factor) * step
-
-    grad = state.sums.grad + _pull(state.weights, lanes, penalty)
-    factors = jnp.zeros((_MEMORY, len(penalty)), grad.dtype)
-    vector, factors = jax.lax.fori_loop(0, _MEMORY, newest_first, (grad, factors))
-    _, change, inverse = pair(jnp.int32(0))
-    preconditioned = _precondition(lanes, state.sums.curvature, penalty, change)
-    product = inverse * _dot(change, preconditioned)  # yᵀ H y / yᵀ s: how far H is from this pair's curvature
-    scale = jnp.where(product > 0, 1 / jnp.where(product > 0, product, 1), 1)
-    vector = _per_lane(scale) * _precondition(lanes, state.sums.curvature, penalty, vector)
-    return jnp.negative(jax.lax.fori_loop(0, _MEMORY, oldest_first, vector))
-
-
 def _trial_weights(state: State) -> jax.Array:
     """[K, M, D + 1] at which the next pass is due."""
-    return jnp.asarray(state.weights + _per_lane(state.step) * state.direction)
+    return jnp.asarray(state.weights + per_lane(state.step) * state.direction)
 
 
 def _start_state(lanes: Lanes, weights: jax.Array) -> State:
@@ -157,15 +93,13 @@ def _start_state(lanes: Lanes, weights: jax.Array) -> State:
     num_penalties, num_lanes = lanes.penalties.shape
     none = jnp.zeros((num_penalties, num_lanes), weights.dtype)
     count = jnp.zeros(num_lanes, jnp.int32)
-    history = jnp.zeros((num_lanes, _MEMORY, *weights.shape[1:]), weights.dtype)
+    history = jnp.zeros((num_lanes, MEMORY, *weights.shape[1:]), weights.dtype)
     return State(
         weights=weights,
         sums=zero_sums(weights),
         direction=jnp.zeros_like(weights),
         step=jnp.zeros(num_lanes, weights.dtype),
-        steps=history,
-        changes=history,
-        num_pairs=count,
+        pairs=Pairs(history, history, count),
         num_halvings=count,
         num_iterations=count - 1,  # the first pass accepts the start as it is
         index=count,
@@ -193,14 +127,14 @@ def _advance(
     trial, first = _trial_weights(state), state.num_iterations < 0
     before = _objective(state.weights, state.sums.loss, lanes, penalty)
     after = _objective(trial, sums.loss, lanes, penalty)
-    slope_before = _dot(state.sums.grad + _pull(state.weights, lanes, penalty), state.direction)
-    slope_after = _dot(sums.grad + _pull(trial, lanes, penalty), state.direction)
+    slope_before = dot(state.sums.grad + _pull(state.weights, lanes, penalty), state.direction)
+    slope_after = dot(sums.grad + _pull(trial, lanes, penalty), state.direction)
     # Near the optimum the objective's fall drowns in rounding, while slopes are still exact (Hager & Zhang 2005).
     rounding = 8 * float(np.finfo(trial.dtype).eps) * jnp.abs(before)
     flat = (after <= before + rounding) & (jnp.abs(slope_after) <= 0.9 * jnp.abs(slope_before))
     accept = first | (after <= before + 1e-4 * state.step * slope_before) | flat
     accept &= jnp.isfinite(after)
-    slot = jnp.where(accept & ~first, state.num_pairs % _MEMORY, _MEMORY)  # out of range: dropped
+    slot = jnp.where(accept & ~first, state.pairs.num % MEMORY, MEMORY)  # out of range: dropped
     lane = jnp.arange(len(penalty))
     ratio = slope_before / jnp.where(slope_before == slope_after, -1, slope_before - slope_after)
     shorter = state.step * jnp.clip(jnp.nan_to_num(ratio), 0.1, 0.5)  # secant step on the slope, within bounds
@@ -210,9 +144,11 @@ def _advance(
 
     state = dataclasses.replace(
         state,
-        steps=state.steps.at[lane, slot].set(trial - state.weights, mode="drop"),
-        changes=state.changes.at[lane, slot].set(sums.grad - state.sums.grad, mode="drop"),
-        num_pairs=state.num_pairs + (accept & ~first),
+        pairs=Pairs(
+            steps=state.pairs.steps.at[lane, slot].set(trial - state.weights, mode="drop"),
+            changes=state.pairs.changes.at[lane, slot].set(sums.grad - state.sums.grad, mode="drop"),
+            num=state.pairs.num + (accept & ~first),
+        ),
         weights=choose(trial, state.weights),
         sums=jax.tree.map(choose, sums, state.sums),
         num_iterations=state.num_iterations + accept,
@@ -238,11 +174,12 @@ def _record(
     penalty = _penalty(lanes, state.index)
     num_penalties = lanes.penalties.shape[0]
     moving = state.index < num_penalties
-    direction = jnp.where(_per_lane(stale), _direction(state, lanes), state.direction) * _per_lane(moving)
     grad = state.sums.grad + _pull(state.weights, lanes, penalty)
+    fresh = direction(grad, penalty, state.sums.curvature, state.pairs, lanes)
+    chosen = jnp.where(per_lane(stale), fresh, state.direction) * per_lane(moving)
     objective = _objective(state.weights, state.sums.loss, lanes, penalty)
-    gap = -_dot(grad, direction) / 2
-    norm = jnp.sqrt(_dot(grad, grad))
+    gap = -dot(grad, chosen) / 2
+    norm = jnp.sqrt(dot(grad, grad))
     accepted = state.num_halvings == 0
     # W alone is λ-strongly convex, so the optimum is at most ‖g‖² / 2λ below, whatever L-BFGS believes.
     bounded = (penalty == 0) | (norm**2 <= 2 * penalty * bound_tolerance * objective)
@@ -264,7 +201,7 @@ def _record(
         state,
         path=jax.tree.map(lambda every, one: every.at[slot, lane].set(one, mode="drop"), state.path, found),
         index=state.index + through,
-        direction=direction,
+        direction=chosen,
         step=jnp.where(stale, 1, state.step),
         num_iterations=jnp.where(through, 0, state.num_iterations),
         num_halvings=jnp.where(through, 0, state.num_halvings),
