@@ -11,12 +11,19 @@ from probe.exporting.hub import to_hub
 from probe.exporting.onnx_file import to_onnx
 from probe.exporting.stablehlo import FACTS, to_stablehlo
 from probe.exporting.weights import to_safetensors
+from probe.notebook import facts, looks
 from probe.storage import atomic_folder, atomic_write_bytes, require_file, require_free
 
 _ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "jax": "-jax", "hub": "-hub"}
 _MARKS = {"jax": FACTS, "hub": "preprocessor_config.json"}  # of a folder that --overwrite may replace
 
 
+def _look(result: dict[str, Any]) -> str:
+    """What was written, in a notebook."""
+    return facts("exported", {**result, "class_names": len(result["class_names"])})
+
+
+@looks(_look)
 def export(config: ExportConfig) -> dict[str, Any]:
     """Writes a run as one ONNX or safetensors file, or as a folder for jax or Hugging Face; whole or not at all.
 
