@@ -29,7 +29,7 @@ from tyro.constructors import (
 )
 
 from probe import config as configs
-from probe import provenance
+from probe import distributed, provenance
 from probe.compiled import keep_compiled_programs
 from probe.errors import ConfigError, ProbeError
 from probe.interrupt import run_interruptibly
@@ -47,6 +47,7 @@ _Command = (
     Annotated[configs.EmbedConfig, subcommand("embed", prefix_name=False)]
     | Annotated[configs.FitLinearConfig, subcommand("fit-linear", prefix_name=False)]
     | Annotated[configs.FinetuneConfig, subcommand("finetune", prefix_name=False)]
+    | Annotated[configs.LaunchConfig, subcommand("launch", prefix_name=False)]
     | Annotated[configs.ZeroShotConfig, subcommand("zero-shot", prefix_name=False)]
     | Annotated[configs.PredictConfig, subcommand("predict", prefix_name=False)]
     | Annotated[configs.ExportConfig, subcommand("export", prefix_name=False)]
@@ -120,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _parse(arguments)
         provenance.set_command(arguments)
         result, text = run_interruptibly(lambda: _run(config))
-        print(_json(result) if config.json else text, flush=True)
+        if distributed.is_first() and (config.json or text):
+            print(_json(result) if config.json else text, flush=True)
     except BrokenPipeError:  # whoever read our output has enough: `probe predict … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -184,7 +186,8 @@ def _json(value: dict[str, Any]) -> str:
 
 def _tell_error(arguments: list[str], err: ProbeError) -> None:
     """Whoever asked for JSON reads of the error there, too."""
-    if "--json" in arguments:
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--json" in own and distributed.is_first():
         told = {"kind": type(err).__name__, "exit_code": err.exit_code, "message": str(err)}
         with contextlib.suppress(BrokenPipeError):  # whoever read our output has enough
             print(_json({"error": told}), flush=True)
@@ -216,6 +219,10 @@ def _verb_of(config: object) -> tuple[_Verb, _Describe]:
             from probe import finetune
 
             return finetune.finetune, finetune.describe
+        case configs.LaunchConfig():
+            from probe import launch
+
+            return launch.launch, launch.describe
         case configs.ZeroShotConfig():
             from probe import zero_shot
 

@@ -45,6 +45,22 @@ def _is_share(text: str) -> bool:
         return False
 
 
+def _check_processes(
+    distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    given = {"coordinator": coordinator, "num-processes": num_processes, "process-id": process_id}
+    for option, value in given.items():
+        _require(distributed or value is None, option, "left out without --distributed", value)
+    told = [option for option, value in given.items() if value is not None]
+    if len(told) in (1, 2):
+        missing = ", ".join(f"--{option}" for option in given if option not in told)
+        raise ConfigError(f"--{told[0]} needs {missing} as well: a scheduler that jax knows tells all three")
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        _require(":" in coordinator, "coordinator", "host:port", coordinator)
+        _require(num_processes >= 1, "num-processes", "at least 1", num_processes)
+        _require(0 <= process_id < num_processes, "process-id", f"from 0 to {num_processes - 1}", process_id)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
     """Run the backbone once over every image and cache the embeddings; run it again to continue or to update."""
@@ -453,6 +469,15 @@ class FinetuneConfig:
     """Keep the results of matrix products only and compute the rest again in the backward pass: less memory."""
     fsdp: Flag = False
     """With several devices: divide weights and optimizer state over them instead of copying them."""
+    distributed: Flag = False
+    """This is one of several processes that train together, each with its part of the images; Slurm, Open MPI and
+    Kubernetes tell which, and `probe launch` starts some on this machine."""
+    coordinator: IfGiven[str] = None
+    """Host:port of the first process (if not given, as the two below: what the scheduler says)."""
+    num_processes: IfGiven[int] = None
+    """How many processes there are."""
+    process_id: IfGiven[int] = None
+    """Which of them this one is, from 0."""
     checkpoint_every: int = 500
     """Steps between checkpoints, besides those after each epoch; 0: none at all."""
     tensorboard: IfGiven[Path] = None
@@ -540,6 +565,35 @@ class FinetuneConfig:
         _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)
         if self.num_workers is not None:
             _require(self.num_workers >= 1, "num-workers", "at least 1", self.num_workers)
+        _check_processes(self.distributed, self.coordinator, self.num_processes, self.process_id)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Run finetune or fit-linear as several processes of this machine; if one dies, go on from the last checkpoint."""
+
+    command: Annotated[Positional[tuple[str, ...]], arg(metavar="-- VERB ...")]
+    """Behind two dashes, finetune or fit-linear and its options. Its output is that of the first process; what others
+    say as they fail goes to stderr behind their number."""
+    n: int
+    """How many processes; of a machine's GPUs each takes one."""
+    max_restarts: int = 3
+    """How often to go on after a process died; errors that would come again, as of options or images, end it."""
+    json: Flag = False
+    """Print the number of processes and the restarts to stdout as JSON, after what the verb prints."""
+
+    def __post_init__(self) -> None:
+        verb = self.command[0] if self.command else "nothing"
+        _require(verb in ("finetune", "fit-linear"), "-", "followed by finetune or fit-linear", verb)
+        _require(self.n >= 1, "n", "at least 1", self.n)
+        _require(self.max_restarts >= 0, "max-restarts", "zero or more", self.max_restarts)
+        words = [word.replace("_", "-").partition("=")[0] for word in self.command]
+        own = [word for word in words if word in _OF_LAUNCH]
+        if own:
+            raise ConfigError(f"{own[0]} is what `probe launch` gives to each process: leave it out")
+
+
+_OF_LAUNCH = ("--distributed", "--coordinator", "--num-processes", "--process-id")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from probe import bundle, provenance
+from probe import bundle, distributed, provenance
 from probe.backbones import Backbone, load_backbone, load_text_encoder
 from probe.backbones.resize import resize_backbone
 from probe.cache import Cache
@@ -50,17 +50,19 @@ _FAILURES_SHOWN = 20
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Trains a classifier end to end and writes its run folder.
 
+    Of several processes all do this, and the first one writes.
     Returns: what metrics.json holds: the figures of each split, the verdict, the history, the parts and their
       rates, and the images left out.
     Raises: ConfigError, InputError, MismatchError, NumericalError or Interrupted; no run folder is written then,
-      but the checkpoints stay.
+      but the checkpoints stay. EngineError if another process is lost.
     """
-    bundle.require_free(config.out, overwrite=config.overwrite)
-    require_no_checkpoints(config)
-    with Logs(config) as logs:
-        metrics = _finetune(config, logs)
-    if not config.no_report:
-        report_saved_run(config.out)
+    with distributed.joined(config):
+        distributed.on_first(lambda: bundle.require_free(config.out, overwrite=config.overwrite))
+        distributed.on_first(lambda: require_no_checkpoints(config))
+        with Logs(config) as logs:
+            metrics = _finetune(config, logs)
+        if not config.no_report:
+            distributed.on_first(lambda: report_saved_run(config.out))
     return metrics
 
 
@@ -79,7 +81,7 @@ def _finetune(config: FinetuneConfig, logs: Logs) -> dict[str, Any]:
     check_labels(source)
     loaded = load_backbone(config.backbone)
     given, seen_by_start = _given_head(config, source.class_names, loaded)
-    zero_shot = _zero_shot(config, source.class_names, loaded)
+    zero_shot = distributed.on_first(lambda: _zero_shot(config, source.class_names, loaded))
     backbone = loaded if config.image_size is None else resize_backbone(loaded, config.image_size)
     # before the images are read: a clash should cost no time
     rules = _rules(config, backbone, given)
@@ -112,7 +114,7 @@ def _finetune(config: FinetuneConfig, logs: Logs) -> dict[str, Any]:
         )
 
     judged = verdict.judge(result.val_logits, result.val_labels, curve, alphas)
-    found = _verdict(config, judged, probe_logits, result.val_labels)
+    found = distributed.agreed(_verdict(config, judged, probe_logits, result.val_labels))
     alpha, epoch = (0.0, 0) if found["kept"] == "probe" else (judged.choice.alpha, judged.choice.epoch)
 
     val_logits = probe_logits if found["kept"] == "probe" else judged.interpolated
@@ -157,9 +159,14 @@ def _finetune(config: FinetuneConfig, logs: Logs) -> dict[str, Any]:
     seen = seen_by_start.union(map(bytes, images.keys[np.concatenate([rows.train, rows.val])]))
     cache = None if config.cache is None else Cache.open(config.cache).reference
     record = made.to_bytes(cache=cache, source=describe_origin(config.images))
-    _save(config, loaded, backbone, start, names, tuning.variables(alpha, epoch), metrics, kept, seen, record)
-    tuning.end()
-    logs.end(metrics)
+    variables = tuning.variables(alpha, epoch)
+
+    def write() -> None:
+        _save(config, loaded, backbone, start, names, variables, metrics, kept, seen, record)
+        tuning.end()
+        logs.end(metrics)
+
+    distributed.on_first(write)
     return metrics
 
 
@@ -209,8 +216,10 @@ def _cached_blocks(
     if config.views is not None and not (augmentation.changes_images or augmentation.mixes):
         raise ConfigError(f"--views {config.views} cannot act: there is no augmentation that draws any")
     params, _ = classifier_variables(backbone, zero_head(backbone.width, 2) if head is None else head)
+    if config.distributed and config.cache_prefix not in ("auto", "off"):
+        raise ConfigError(f"--cache-prefix {config.cache_prefix}: several processes do not share one yet: leave it out")
     num_blocks, note = blocks_to_cache(
-        config.cache_prefix,
+        "off" if config.distributed else config.cache_prefix,
         backbone,
         optim.partition(params, rules),
         augmentation,
@@ -269,9 +278,9 @@ def _start(
     """The head of the texts, or the probe of the training rows with the facts about it."""
     embeddings = embed_rows(backbone, images, rows.train, batch_size=config.batch_size, cache=config.cache)
     if zero_shot is not None:
-        return text_head(backbone, zero_shot, embeddings), None
-    labels, groups = images.labels[rows.train], images.groups[rows.train]
-    return solve_head(embeddings, labels, groups, len(images.source.class_names), seed=config.seed)
+        return distributed.on_first(lambda: text_head(backbone, zero_shot, embeddings)), None
+    labels, groups, num_classes = images.labels[rows.train], images.groups[rows.train], len(images.source.class_names)
+    return distributed.on_first(lambda: solve_head(embeddings, labels, groups, num_classes, seed=config.seed))
 
 
 def _alphas(config: FinetuneConfig, start: TrainedHead) -> tuple[float, ...]:

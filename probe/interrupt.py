@@ -29,8 +29,11 @@ class Interrupted(ProbeError):  # noqa: N818  # named as KeyboardInterrupt is: i
 
     def __init__(self, signum: int, hint: str = "") -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}" + (f": {hint}" if hint else ""))
-        self.signum = signum
+        self.signum, self.hint = signum, hint
         self.exit_code = 128 + signum  # as shells count: 130 for SIGINT, 143 for SIGTERM
+
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int, str]]:
+        return Interrupted, (self.signum, self.hint)  # what it is made of, where it goes to another process
 
 
 class _State:
@@ -42,6 +45,11 @@ class _State:
 def stop_requested() -> bool:
     """Whether the verb should end: for loops that have something to put in order first."""
     return _State.signum is not None
+
+
+def requested_by() -> int | None:
+    """The signal that asked the verb to end, if one did."""
+    return _State.signum
 
 
 def check() -> None:

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "probe"
 VERBS = {
     f"probe.{verb}"
     for verb in (
-        "audit", "cache_tools", "cli", "compare", "demo", "doctor", "embed", "exchange", "export", "finetune", "linear",
-        "predict", "report", "serve", "zero_shot",
+        "audit", "cache_tools", "cli", "compare", "demo", "doctor", "embed", "exchange", "export", "finetune", "launch",
+        "linear", "predict", "report", "serve", "zero_shot",
     )
 }  # fmt: skip
 ONLY_IMPORTERS = {

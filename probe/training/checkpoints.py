@@ -11,8 +11,9 @@ The first number counts the saves. `last` is the highest; `best` is the highest 
 far when they were saved. Orbax alone restored 62 of 94 flipped bytes as other weights, without a word; here
 nothing is read before the sums agree, so a flipped byte is an error and never another model.
 
-In a run of several processes, all of them have to call `_write_arrays` and `_read_arrays`, with one path;
-the rest is the work of the first.
+In a run of several processes, which share the folder, all of them save and load together: Orbax has each write the
+parts of arrays that its devices hold; sums, names and all else is the work of the first. What so many processes saved,
+any other number of them can load.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from probe import distributed
 from probe.errors import ConfigError, CorruptError, MismatchError, StorageError
 from probe.storage import PARTIAL_PREFIX, atomic_folder
 
@@ -80,15 +82,25 @@ def save(
         "arrays": {name: _describe(leaf) for name, leaf in leaves.items()},
         "record": record,
     }
-    with _sole_writer(folder):
-        _sweep(folder)
-        serial = 1 + max((int(_parse(path)[1]) for path in _checkpoints(folder)), default=0)
-        path = folder / f"{serial:06d}-step-{step}{'-best' if best else ''}"
-        with atomic_folder(path) as partial:
-            _write_arrays(partial / ARRAYS, leaves)
+    with contextlib.ExitStack() as lock, contextlib.ExitStack() as unsealed:
+
+        def begin() -> tuple[Path, Path]:
+            lock.enter_context(_sole_writer(folder))
+            _sweep(folder)
+            serial = 1 + max((int(_parse(path)[1]) for path in _checkpoints(folder)), default=0)
+            path = folder / f"{serial:06d}-step-{step}{'-best' if best else ''}"
+            return path, unsealed.enter_context(atomic_folder(path))
+
+        path, partial = distributed.on_first(begin)
+        distributed.on_each(lambda: _write_arrays(partial / ARRAYS, leaves))
+
+        def seal() -> None:
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
             (partial / SUMS).write_text(_render(_hash_files(partial)))
-        _prune(folder, max_to_keep)
+            unsealed.close()
+            _prune(folder, max_to_keep)
+
+        distributed.on_first(seal)
     return path
 
 
@@ -104,8 +116,7 @@ def describe(folder: Path, which: Which) -> tuple[dict[str, Any], dict[str, np.n
     For who must know how far a run had come before the tree to `load` can be named.
     Raises: CorruptError as `load` does.
     """
-    path = _find(folder, which)
-    _verify(path)
+    path = _find_sound(folder, which)
     manifest = json.loads((path / MANIFEST).read_text())
     arrays = {}
     for name, text in manifest["arrays"].items():
@@ -128,8 +139,7 @@ def load(folder: Path, which: Which, like: Any, *, expect: Mapping[str, Any] | N
       CorruptError if there is none, or if files are damaged, missing or too many: all are named.
       MismatchError if arrays or entries of the record are not those asked for: both sides are listed.
     """
-    path = _find(folder, which)
-    _verify(path)
+    path = _find_sound(folder, which)
     manifest = json.loads((path / MANIFEST).read_text())
     leaves = _leaves(like)
     _check(path, manifest, {name: _describe(leaf) for name, leaf in leaves.items()}, expect or {})
@@ -138,11 +148,17 @@ def load(folder: Path, which: Which, like: Any, *, expect: Mapping[str, Any] | N
     return Checkpoint(path, manifest["step"], tree, manifest["record"])
 
 
-def _find(folder: Path, which: Which) -> Path:
-    path = find(folder, which)
-    if path is None:
-        raise CorruptError(f"{folder} holds no checkpoint" + (" marked best" if which == "best" else ""))
-    return path
+def _find_sound(folder: Path, which: Which) -> Path:
+    """The checkpoint, once its sums agree."""
+
+    def look() -> Path:
+        path = find(folder, which)
+        if path is None:
+            raise CorruptError(f"{folder} holds no checkpoint" + (" marked best" if which == "best" else ""))
+        _verify(path)
+        return path
+
+    return distributed.on_first(look)
 
 
 # Orbax: a flat dict of arrays in, the same out.

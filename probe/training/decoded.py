@@ -1,17 +1,22 @@
-"""The decoded images of a source as numbered rows, for training: in memory where they fit, else read anew."""
+"""The decoded images of a source as numbered rows, for training: in memory where they fit, else read anew.
+
+Of several processes each reads its share of the images at first, to know which can be read, and later those of its part
+of each batch that it has not read yet.
+"""
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from probe import distributed
 from probe.errors import InputError
 from probe.images import Preprocessing, load_images
 from probe.progress import Progress
 from probe.sources import Example, Source, display_name
-from probe.training.steps import Batch, padded_batch
+from probe.training.steps import Batch, filled_up, make_batch
 
 MAX_BYTES_IN_MEMORY = 4 << 30  # 28,000 images of 224 × 224; above this they are decoded again in every epoch
 
@@ -21,8 +26,9 @@ class ImageRows:
     """The N images of a source that can be read, in its order.
 
     keys [N, 32] uint8, SHA-256 of each file; labels [N] int; splits, groups [N] str, "" where none is said;
-    failures: {"path", "reason", "detail"} of the images that cannot be read, which have no row; pixels
-    [N, H, W, 3] uint8, or None where they do not fit.
+    failures: {"path", "reason", "detail"} of the images that cannot be read, which have no row. in_source: [N] which of
+    the source's images each is. pixels: of the source's images [M, H, W, 3] uint8, or None where they do not fit, and
+    in_memory [M] bool, which of them are there; reading fills both.
     """
 
     source: Source
@@ -34,7 +40,9 @@ class ImageRows:
     splits: np.ndarray
     groups: np.ndarray
     failures: list[dict[str, str]]
+    in_source: np.ndarray
     pixels: np.ndarray | None
+    in_memory: np.ndarray
 
     @classmethod
     def decode(
@@ -52,27 +60,37 @@ class ImageRows:
         """
         shape = (len(source.examples), *preprocessing.image_size, 3)
         pixels = np.empty(shape, np.uint8) if np.prod(shape, dtype=np.int64) <= max_bytes else None
-        examples: list[Example] = []
-        keys: list[bytes] = []
-        failures: list[dict[str, str]] = []
-        with Progress("decoding", total=len(source.examples), unit="images") as progress:
-            for image in load_images(source.iter_bytes(source.examples), preprocessing, num_workers=num_workers):
-                progress.advance(1)
-                if image.failure is None:
-                    assert image.pixels is not None
-                    assert image.key is not None
-                    if pixels is not None:
-                        pixels[len(examples)] = image.pixels
-                    examples.append(image.example)
-                    keys.append(image.key)
-                    continue
-                name = display_name(image.example.name)
-                if on_error == "fail":
-                    raise InputError(f"{name}: {image.failure}. Mend it, or pass --on-error skip.")
-                path = os.fsdecode(image.example.name)
-                failures.append({"path": path, "reason": image.failure.reason, "detail": str(image.failure)})
-        if not examples:
+        in_memory = np.zeros(len(source.examples), bool)
+        own = range(len(source.examples))[distributed.share(len(source.examples))]
+
+        def read_own() -> list[bytes | dict[str, str]]:
+            """The content key of each image, or why it cannot be read."""
+            found: list[bytes | dict[str, str]] = []
+            items: Any = source.iter_bytes([source.examples[number] for number in own])
+            with Progress("decoding", total=len(own), unit="images") as progress:
+                for number, image in zip(own, load_images(items, preprocessing, num_workers=num_workers), strict=True):
+                    progress.advance(1)
+                    if image.failure is None:
+                        assert image.pixels is not None
+                        assert image.key is not None
+                        if pixels is not None:
+                            pixels[number], in_memory[number] = image.pixels, True
+                        found.append(image.key)
+                        continue
+                    if on_error == "fail":
+                        name = display_name(image.example.name)
+                        raise InputError(f"{name}: {image.failure}. Mend it, or pass --on-error skip.")
+                    path = os.fsdecode(image.example.name)
+                    found.append({"path": path, "reason": image.failure.reason, "detail": str(image.failure)})
+            return found
+
+        found = [outcome for part in distributed.on_each(read_own) for outcome in part]
+        keys = [key for key in found if isinstance(key, bytes)]
+        failures = [failure for failure in found if not isinstance(failure, bytes)]
+        if not keys:
             raise InputError(f"{source.root}: none of its {len(failures)} images can be read")
+        in_source = np.array([number for number, outcome in enumerate(found) if isinstance(outcome, bytes)])
+        examples = [source.examples[number] for number in in_source]
         codes = {name: code for code, name in enumerate(source.class_names)}
         return cls(
             source=source,
@@ -84,25 +102,43 @@ class ImageRows:
             splits=np.array([example.split or "" for example in examples]),
             groups=np.array([example.group or "" for example in examples]),
             failures=failures,
-            pixels=None if pixels is None else pixels[: len(examples)],
+            in_source=in_source,
+            pixels=pixels,
+            in_memory=in_memory,
         )
 
-    def batches(self, rows: np.ndarray, batch_size: int) -> Iterator[Batch]:
+    def batches(self, rows: np.ndarray, batch_size: int, own: slice = slice(None)) -> Iterator[Batch]:
         """Yields the given rows in their order, in batches of one shape, the last padded and masked.
 
+        Args:
+          own: of which rows of a batch this process reads the images.
         Raises: InputError if an image that could be read before cannot be read any more.
         """
-        decoded = self._decoded(rows) if self.pixels is None else None
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            if decoded is None:
-                assert self.pixels is not None
-                inputs = self.pixels[batch]
-            else:
-                inputs = np.stack([next(decoded) for _ in batch])
-            yield padded_batch(inputs, self.labels[batch], batch_size, examples=batch)
+        parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        filled = [filled_up(part, batch_size) for part in parts]
+        images = self._images([part[own] for part in filled])
+        for part, whole, inputs in zip(parts, filled, images, strict=True):
+            yield make_batch(inputs, self.labels[whole], len(part), examples=whole)
 
-    def _decoded(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+    def _images(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """The pixels of each part's rows; what has to be read is read ahead."""
+        if self.pixels is None:
+            each = [list(dict.fromkeys(part.tolist())) for part in parts]  # a row that fills up comes twice
+            decoded = self._decoded([row for part in each for row in part])
+            for part, unlike in zip(parts, each, strict=True):
+                read = {row: next(decoded) for row in unlike}
+                yield np.stack([read[row] for row in part.tolist()])
+            return
+        every = dict.fromkeys(row for part in parts for row in part[~self.in_memory[self.in_source[part]]].tolist())
+        missing, decoded = iter(every), self._decoded(list(every))
+        for part in parts:
+            at = self.in_source[part]
+            while not self.in_memory[at].all():
+                number = self.in_source[next(missing)]
+                self.pixels[number], self.in_memory[number] = next(decoded), True
+            yield self.pixels[at]
+
+    def _decoded(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
         items: Any = self.source.iter_bytes([self.examples[row] for row in rows])
         for image in load_images(items, self.preprocessing, num_workers=self.num_workers):
             if image.failure is not None:

@@ -60,7 +60,7 @@ class Logs:
                 need()
 
     def start(self) -> None:
-        """Opens them. Raises: StorageError."""
+        """Opens them, in the first of several processes; in the others nothing is open. Raises: StorageError."""
         config = self._config
         options = {name: value for name, value in to_json(config).items() if name not in _NOT_TOLD}
         if config.tensorboard is not None:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from probe.devices import DATA_AXIS, by_rows, check_divides, data_mesh, whole
+from probe.devices import DATA_AXIS, by_rows, check_divides, data_mesh, own_rows, put, put_rows, whole
 from probe.training.steps import Batch
 
 
@@ -20,7 +20,7 @@ class Placement:
 
     @classmethod
     def over_all_devices(cls, batch_size: int, *, fsdp: bool = False) -> "Placement":
-        """Every device that jax has.
+        """Every device that jax has, those of other processes included.
 
         Args:
           batch_size: rows that one forward pass takes.
@@ -33,13 +33,19 @@ class Placement:
 
     def place(self, tree: Any) -> Any:
         """Puts parameters or a train state on the mesh."""
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, self._sharding(np.shape(leaf))), tree)
+        return jax.tree.map(lambda leaf: put(leaf, self._sharding(np.shape(leaf))), tree)
+
+    def own_rows(self, batch_size: int) -> slice:
+        """Which rows of a batch this process reads: all, unless there are others."""
+        return own_rows(self.mesh, batch_size)
 
     def place_batch(self, batch: Batch) -> Batch:
-        """Puts a batch on the mesh, its rows divided."""
+        """Puts a batch on the mesh, its rows divided; of the inputs it has this process's own rows."""
+        num_rows = len(batch.mask)
         rows, once = by_rows(self.mesh), whole(self.mesh)
-        placed: Batch = jax.tree.map(lambda leaf: jax.device_put(leaf, rows if np.ndim(leaf) else once), batch)
-        return placed
+        told = dataclasses.replace(batch, inputs=None)  # what every process knows of all rows
+        placed: Batch = jax.tree.map(lambda leaf: put(leaf, rows if np.ndim(leaf) else once), told)
+        return dataclasses.replace(placed, inputs=put_rows(batch.inputs, self.mesh, num_rows))
 
     def _sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         """Along the longest axis that divides evenly, or on every device whole."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from probe import distributed
 from probe.backbones import Backbone, Precision, make_embed_fn
 from probe.cache import Cache
 from probe.errors import MismatchError
@@ -73,7 +74,7 @@ def solve_head(
 def embed_rows(
     backbone: Backbone, images: ImageRows, rows: np.ndarray, *, batch_size: int, cache: Path | None
 ) -> np.ndarray:
-    """Embeddings [n, D] float32 of the given rows.
+    """Embeddings [n, D] float32 of the given rows; each process computes a part of them.
 
     Args:
       cache: folder made by `probe embed`; what it holds, by the hash of the image, is not computed again, and what it
@@ -87,14 +88,20 @@ def embed_rows(
         embeddings[found >= 0] = Cache.open(cache).embeddings(VIEW, found[found >= 0])
     (missing,) = np.nonzero(found < 0)
     precision = None if cache is None else Precision.from_json(Cache.open(cache).provenance.get("precision"))
-    embed_fn, done = make_embed_fn(backbone, (VIEW,), precision), 0
-    with Progress("embedding", total=len(missing), unit="images") as progress:
-        for batch in images.batches(rows[missing], batch_size):
-            num = int(batch.mask.sum())
-            outputs: Mapping[str, Any] = embed_fn(batch.inputs)
-            embeddings[missing[done : done + num]] = np.asarray(outputs[VIEW])[:num]
-            done += num
-            progress.advance(num)
+    embed_fn = make_embed_fn(backbone, (VIEW,), precision)
+    own = rows[missing[distributed.share(len(missing))]]
+
+    def embed_own() -> np.ndarray:
+        computed = [np.empty((0, backbone.width), np.float32)]
+        with Progress("embedding", total=len(own), unit="images") as progress:
+            for batch in images.batches(own, batch_size):
+                num = int(batch.mask.sum())
+                outputs: Mapping[str, Any] = embed_fn(batch.inputs)
+                computed.append(np.asarray(outputs[VIEW])[:num])
+                progress.advance(num)
+        return np.concatenate(computed)
+
+    embeddings[missing] = np.concatenate(distributed.on_each(embed_own))
     return embeddings
 
 

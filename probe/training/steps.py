@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from flax import struct, traverse_util
 
+from probe.devices import fetch
 from probe.evaluation.metrics import Metrics
 from probe.heads import class_logits
 
@@ -36,8 +37,9 @@ Prepare = Callable[[jax.Array, "Batch"], tuple[Any, jax.Array]]
 class Batch:
     """Examples for one step; every batch of a run has the same shapes.
 
-    inputs [B, …]; labels [B] int32; mask [B] bool, false where a row only fills the batch up; examples [B]
-    int32, the examples' numbers in the training set; epoch [] int32, counted from 0.
+    inputs [B, …], on the host of one of several processes its own rows alone; labels [B] int32; mask [B] bool, false
+    where a row only fills the batch up; examples [B] int32, the examples' numbers in the training set; epoch [] int32,
+    counted from 0.
     """
 
     inputs: Any
@@ -220,28 +222,43 @@ def padded_batch(inputs: np.ndarray, labels: np.ndarray, batch_size: int, *, exa
 
     It is filled up with the same rows again, masked: statistics over the batch meet nothing strange.
     """
-    num_real = len(labels)
-    assert 0 < num_real <= batch_size
+    at = filled_up(np.arange(len(labels)), batch_size)
+    whole = len(at) == len(labels)
+    return make_batch(inputs if whole else inputs[at], labels[at], len(labels), examples=examples[at])
 
-    def pad(rows: np.ndarray) -> np.ndarray:
-        return rows if num_real == batch_size else rows[np.arange(batch_size) % num_real]
 
+def filled_up(rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """[batch_size] of 0 < n <= batch_size rows: the same again where they are fewer."""
+    assert 0 < len(rows) <= batch_size
+    return rows if len(rows) == batch_size else rows[np.arange(batch_size) % len(rows)]
+
+
+def make_batch(inputs: np.ndarray, labels: np.ndarray, num_real: int, *, examples: np.ndarray) -> Batch:
+    """A batch that is filled up already, of which the first `num_real` rows count."""
     return Batch(
-        inputs=pad(inputs),
-        labels=pad(labels).astype(np.int32),
-        mask=np.arange(batch_size) < num_real,
-        examples=pad(examples).astype(np.int32),
+        inputs=inputs,
+        labels=labels.astype(np.int32),
+        mask=np.arange(len(labels)) < num_real,
+        examples=examples.astype(np.int32),
         epoch=np.int32(0),
     )
 
 
 def predict_logits(
-    eval_step: EvalStep, params: Params, frozen: Params, model_state: Any, batches: Iterable[Batch]
+    eval_step: EvalStep,
+    params: Params,
+    frozen: Params,
+    model_state: Any,
+    batches: Iterable[Batch],
+    place_batch: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, C] float32 and labels [N] of the real rows of all batches, in their order."""
+    """Logits [N, C] float32 and labels [N] of the real rows of all batches, in their order.
+
+    place_batch: puts a batch on devices.
+    """
     logits, labels = [], []
     for batch in batches:
         real = np.asarray(batch.mask)
-        logits.append(np.asarray(eval_step(params, frozen, model_state, batch.inputs))[real])
+        logits.append(fetch(eval_step(params, frozen, model_state, place_batch(batch).inputs))[real])
         labels.append(np.asarray(batch.labels)[real])
     return np.concatenate(logits), np.concatenate(labels)

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import optax
 
-from probe import interrupt
+from probe import distributed, interrupt
+from probe.devices import fetch
 from probe.errors import NumericalError
 from probe.evaluation.choice import best_candidate, score
 from probe.evaluation.metrics import Metrics
@@ -134,7 +135,8 @@ def fit(
       prepare, num_microbatches, average_decay: as in `make_train_step`; the average is what is judged and kept.
       patience: stop once so many epochs in a row were no better than the best before them.
       wanted: (logits [E, N, C] so far, labels [N]) -> epochs whose snapshots may be needed in the end.
-      place, place_batch: put state and batches on devices (`probe.training.sharding`).
+      place, place_batch: put state and batches on devices (`probe.training.sharding`), also of several processes, which
+        then all do this together, each with its part of the batches.
       checkpointing: save the run as it goes, and go on with one.
       on_epoch: told each line of the history as it is made.
     Raises: NumericalError if a loss is not finite, naming it, the step and the last good checkpoint;
@@ -159,8 +161,8 @@ def fit(
                 run.state, sums = train_step(run.state, frozen, batch)
                 run.count(sums)
             total = run.settle()
-            batches = (place_batch(batch) for batch in run.heeding(val_batches()))
-            logits, labels = predict_logits(eval_step, run.state.judged, frozen, run.state.model_state, batches)
+            judged, batches = (run.state.judged, frozen, run.state.model_state), run.heeding(val_batches())
+            logits, labels = predict_logits(eval_step, *judged, batches, place_batch)
             val_accuracy, val_loss = score(logits, labels)
             run.check_finite("validation loss", val_loss, run.step)
             seconds = time.monotonic() - start
@@ -169,7 +171,8 @@ def fit(
             run.end_epoch(line, logits, labels, wanted)
             on_epoch(line)
     logits, labels = np.stack(run.val_logits), run.val_labels
-    return FitResult(run.history, best_candidate(logits, labels), run.snapshots, logits, labels)
+    best = distributed.agreed(best_candidate(logits, labels))
+    return FitResult(run.history, best, run.snapshots, logits, labels)
 
 
 class _Run:
@@ -187,6 +190,7 @@ class _Run:
         self._ahead: list[Metrics] = []  # on the device: steps are dispatched without waiting for one another
         self._checkpointing = checkpointing
         self._saved_step = -1
+        self._ear = distributed.Ear(_STEPS_AHEAD)
 
     def count(self, sums: Metrics) -> None:
         """Books a step."""
@@ -203,16 +207,15 @@ class _Run:
 
     def heed(self) -> None:
         """Raises: Interrupted where a signal asks to stop, once a checkpoint is written that goes on from here."""
-        if self._checkpointing and interrupt.stop_requested() and self.step > self._saved_step:
+        signum = self._ear.signal()
+        if signum is None:
+            return
+        if self._checkpointing is None:
+            raise interrupt.Interrupted(signum)
+        if self.step > self._saved_step:
             self.save()
-        try:
-            interrupt.check()
-        except interrupt.Interrupted as stop:
-            if self._checkpointing is None:
-                raise
-            last = checkpoints.find(self._checkpointing.folder, "last")
-            hint = f"{last} is kept; go on with --resume" if last else ""
-            raise interrupt.Interrupted(stop.signum, hint) from None
+        last = checkpoints.find(self._checkpointing.folder, "last")
+        raise interrupt.Interrupted(signum, f"{last} is kept; go on with --resume" if last else "")
 
     def heeding(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, for as long as no signal asks to stop."""
@@ -250,11 +253,9 @@ class _Run:
         self.history.append(line)
         self.val_logits.append(logits)
         self.val_labels = labels
-        keep = wanted(np.stack(self.val_logits), labels)
-        if epoch in keep:
-            # NumPy copies: the next step is given these arrays to overwrite.
-            copies = jax.tree.map(np.array, (self.state.judged, self.state.model_state))
-            self.snapshots[epoch] = Snapshot(*copies)
+        keep = distributed.agreed(wanted(np.stack(self.val_logits), labels))
+        if epoch in keep:  # copies: the next step is given these arrays to overwrite
+            self.snapshots[epoch] = Snapshot(*fetch((self.state.judged, self.state.model_state)))
         self.snapshots = {epoch: self.snapshots[epoch] for epoch in sorted(keep)}
         self.batches_done, self._total = 0, None
         if self._checkpointing:
@@ -263,7 +264,7 @@ class _Run:
     def out_of_patience(self, patience: int | None) -> bool:
         if patience is None or not self.history:
             return False
-        best = best_candidate(np.stack(self.val_logits), self.val_labels)
+        best = distributed.agreed(best_candidate(np.stack(self.val_logits), self.val_labels))
         return len(self.history) - 1 - best >= patience
 
     def save(self) -> None:

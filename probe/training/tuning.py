@@ -14,10 +14,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from probe import interrupt
+from probe import distributed, interrupt
 from probe.backbones import Backbone
 from probe.backbones.split import make_suffix
 from probe.config import FinetuneConfig, to_json
+from probe.devices import fetch
 from probe.errors import InputError, StorageError
 from probe.heads import Classifier, TrainedHead
 from probe.images import Preprocessing
@@ -107,7 +108,7 @@ class Tuning:
             momentum=config.momentum if config.optimizer == "sgd" else None,
             clip_norm=config.clip_norm,
         )
-        logs.start()
+        distributed.on_first(logs.start)
         with Progress("training", total=config.epochs * len(rows.train), unit="images") as progress:
 
             def on_epoch(line: train.Epoch) -> None:
@@ -148,17 +149,18 @@ class Tuning:
         trained, state = self._placement.place(self._between(alpha, epoch))
         network, batches = self._evaluation(rows)
 
-        def placed() -> Iterator[steps.Batch]:
+        def heeding() -> Iterator[steps.Batch]:
             for batch in batches:
                 interrupt.check()  # training has ended, and its checkpoint stands
-                yield self._placement.place_batch(batch)
+                yield batch
 
-        return steps.predict_logits(network.eval_step, trained, network.frozen, state, placed())[0]
+        variables = trained, network.frozen, state
+        return steps.predict_logits(network.eval_step, *variables, heeding(), self._placement.place_batch)[0]
 
     def variables(self, alpha: float, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All parameters and the model state, by the same."""
+        """All parameters and the model state, by the same, as NumPy arrays."""
         trained, state = self._between(alpha, epoch)
-        return steps.merge(trained, self._frozen), state
+        return steps.merge(trained, fetch(self._frozen)), state
 
     def end(self) -> None:
         """Removes what only a run under way needs: checkpoints, and activations that no folder was named for."""
@@ -175,7 +177,7 @@ class Tuning:
         return self._whole, self._batches(rows)
 
     def _batches(self, rows: np.ndarray) -> Iterator[steps.Batch]:
-        return self._images.batches(rows, self._config.batch_size)
+        return self._images.batches(rows, self._config.batch_size, self._placement.own_rows(self._config.batch_size))
 
     def _make_apply_fn(self, tower: nn.Module, preprocessing: Preprocessing | None, start: TrainedHead) -> ApplyFn:
         return make_apply_fn(
@@ -245,6 +247,11 @@ class Tuning:
             "quiet",
             "bundle_backbone",
             "no_report",
+            "fsdp",
+            "distributed",
+            "coordinator",
+            "num_processes",
+            "process_id",
         )
         options = {
             name: value for name, value in to_json(config).items() if name not in (*changeable, "backbone", "wise")

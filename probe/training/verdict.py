@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from probe import distributed
 from probe.evaluation.choice import best_candidate, halves, score
 from probe.evaluation.intervals import paired_interval
 
@@ -64,8 +65,8 @@ def judge(val_logits: np.ndarray, labels: np.ndarray, curves: Curves, alphas: tu
     """
 
     def choose(rows: np.ndarray) -> tuple[int, int]:
-        epoch = best_candidate(val_logits[:, rows], labels[rows])
-        return epoch, best_candidate(curves(epoch)[:, rows], labels[rows])
+        epoch = distributed.agreed(best_candidate(val_logits[:, rows], labels[rows]))
+        return epoch, distributed.agreed(best_candidate(curves(epoch)[:, rows], labels[rows]))
 
     epoch, index = choose(np.ones(len(labels), bool))
     choice, half = Choice(epoch, alphas[index]), halves(labels)

@@ -1,0 +1,170 @@
+"""`--distributed` and `probe launch`: several processes on loopback give what one gives, whatever becomes of them.
+
+The long ones: pytest -m cluster tests/test_distributed.py
+"""
+
+import contextlib
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from probe.config import FinetuneConfig, LaunchConfig
+from probe.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",  # the processes share two cores
+}
+LEARNING = ["--init", "zeros", "--optimizer", "sgd", "--backbone-lr", "1e-2", "--head-lr", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images that no few epochs tell apart, in numbers that no number of processes divides, one of them unreadable."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, num in (("train", 13), ("val", 5), ("test", 3)):
+        for channel, name in enumerate(("blue", "green", "red")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(num):
+                pixels = rng.integers(0, 200, (18, 18, 3), np.uint8)
+                pixels[..., channel] += 15
+                Image.fromarray(pixels).save(root / split / name / f"{index:02d}.png")
+    (root / "train" / "blue" / "03.png").write_bytes(b"no picture")
+    return root
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "probe.cli", *map(str, words)]
+
+
+def finetune(photos: Path, backbone: Path, out: Path, *more: str) -> list[str]:
+    options = ["--batch-size", "8", "--epochs", "2", "--num-workers", "1", "--keep", "finetuned", *LEARNING, *more]
+    return ["finetune", str(photos), "--backbone", str(backbone), "--out", str(out), *options]
+
+
+def run(words: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*words), cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@contextlib.contextmanager
+def free_port() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def all_done(commands: Sequence[Sequence[str]], **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """What becomes of commands that run side by side."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT | environment, **pipes) for words in commands]
+    outputs = [process.communicate() for process in started]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *output)
+        for process, output in zip(started, outputs, strict=True)
+    ]
+
+
+def together(words: Sequence[str], num: int, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """The same command in so many processes, as a scheduler would start them."""
+    with free_port() as coordinator:
+        place = ["--distributed", "--coordinator", coordinator, "--num-processes", str(num), "--process-id"]
+    return all_done([command(*words, *place, index) for index in range(num)], **environment)
+
+
+def losses(run_folder: Path) -> np.ndarray:
+    """[E, 4]: losses and accuracies of training and validation."""
+    with open(run_folder / "history.csv") as file:
+        lines = list(csv.DictReader(file))
+    fields = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    return np.array([[float(line[field]) for field in fields] for line in lines])
+
+
+def weights(run_folder: Path) -> dict[str, np.ndarray]:
+    files = (run_folder / "head.safetensors", run_folder / "backbone" / "model.safetensors")
+    return {name: array for file in files for name, array in safetensors.numpy.load_file(file).items()}
+
+
+def assert_same_run(ours: Path, theirs: Path, *, atol: float = 1e-5) -> None:
+    """The losses of every epoch, the final figures and the saved weights, to float error."""
+    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-5)
+    a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (ours, theirs))
+    assert [a["chosen_epoch"], a["chosen_alpha"]] == [b["chosen_epoch"], b["chosen_alpha"]]
+    assert a["failures"] == b["failures"]
+    for split in ("train", "test"):
+        assert a["splits"][split]["n"] == b["splits"][split]["n"]
+        assert a["splits"][split]["nll"] == pytest.approx(b["splits"][split]["nll"], rel=1e-5)
+    first, second = weights(ours), weights(theirs)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], atol=atol, err_msg=name)
+
+
+def test_two_processes_with_parameters_divided_give_the_losses_of_one(tiny_clip: Path) -> None:
+    script = [sys.executable, str(ROOT / "tests" / "sharded_run.py"), str(tiny_clip)]
+    one = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout.splitlines()
+    with free_port() as coordinator:
+        started = [[*script, "--fsdp", "--processes", coordinator, "2", str(index)] for index in range(2)]
+    first, second = all_done(started)
+    assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
+    two = first.stdout.splitlines()
+    assert (one[0], two[0]) == ("1 devices", "2 devices")
+    np.testing.assert_allclose(np.array(two[2:], float), np.array(one[2:], float), rtol=1e-5)
+    assert int(two[1]) < 0.6 * int(one[1])
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    options = {"images": tmp_path, "backbone": "b", "out": tmp_path / "run"}
+    with pytest.raises(ConfigError, match="--process-id must be left out without --distributed, got 1"):
+        FinetuneConfig(**options, process_id=1)
+    with pytest.raises(ConfigError, match="--coordinator needs --num-processes, --process-id as well"):
+        FinetuneConfig(**options, distributed=True, coordinator="a:1")
+    with pytest.raises(ConfigError, match="--process-id must be from 0 to 1, got 2"):
+        FinetuneConfig(**options, distributed=True, coordinator="a:1", num_processes=2, process_id=2)
+    with pytest.raises(ConfigError, match="--- must be followed by finetune or fit-linear, got embed"):
+        LaunchConfig(n=2, command=("embed", "photos"))
+    with pytest.raises(ConfigError, match="--process-id is what `probe launch` gives to each process: leave it out"):
+        LaunchConfig(n=2, command=("finetune", "photos", "--process-id=1"))
+
+
+@pytest.mark.cluster
+def test_without_a_scheduler_somebody_has_to_say_who_the_others_are(
+    photos: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    words = [*finetune(photos, tiny_clip, tmp_path / "run"), "--distributed"]
+    done = subprocess.run(command(*words), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no Slurm, Open MPI or Kubernetes has started this process" in done.stderr
+    assert "use `probe launch`" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("num", "options"),
+    [(2, ["--fsdp"]), (4, []), (2, ["--init", "probe", "--flip", "0.5", "--mixup", "0.2", "--accumulate", "2"])],
+    ids=["divided", "four", "everything"],
+)
+def test_several_processes_make_the_run_of_one(
+    num: int, options: list[str], photos: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    done = together([*finetune(photos, tiny_clip, tmp_path / "several", *options), "--json"], num)
+    assert [process.returncode for process in done] == [0] * num, done
+    assert json.loads(done[0].stdout) == json.loads((tmp_path / "several" / "metrics.json").read_text())
+    assert [(process.stdout, process.stderr) for process in done[1:]] == [("", "")] * (num - 1)
+    run(finetune(photos, tiny_clip, tmp_path / "one", *options, "--cache-prefix", "off"))
+    assert_same_run(tmp_path / "several", tmp_path / "one")
+    assert not list(tmp_path.glob("*.checkpoints"))
