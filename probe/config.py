@@ -302,6 +302,15 @@ class FitLinearConfig:
     """GB that embeddings, and what a fit makes of them, may take (default: half of this machine's). Larger ones are
     read from the cache anew for each pass: the same optimum, later. Only --head linear with --solver lbfgs can, without
     --shots and --learning-curve; scikit-learn's baseline is left out."""
+    distributed: Flag = False
+    """This is one of several processes that fit together, each with its part of the rows; Slurm, Open MPI and
+    Kubernetes tell which, and `probe launch` starts some on this machine. --max-memory is that of one of them."""
+    coordinator: IfGiven[str] = None
+    """Host:port of the first process (if not given, as the two below: what the scheduler says)."""
+    num_processes: IfGiven[int] = None
+    """How many processes there are."""
+    process_id: IfGiven[int] = None
+    """Which of them this one is, from 0."""
     bundle_backbone: Flag = False
     """Copy the backbone into the run folder, so that `probe predict` needs nothing else."""
     no_report: Flag = False
@@ -350,6 +359,11 @@ class FitLinearConfig:
         _positive("learning-rate", self.learning_rate)
         if self.max_memory is not None:
             _positive("max-memory", self.max_memory)
+        _check_processes(self.distributed, self.coordinator, self.num_processes, self.process_id)
+        if self.distributed:
+            alone = (self.head, self.solver) == ("linear", "lbfgs") and not (self.shots or self.learning_curve)
+            needs = "left out except with --head linear, --solver lbfgs, and none of --shots and --learning-curve"
+            _require(alone, "distributed", needs, f"--head {self.head} --solver {self.solver}")
 
     def _refuse_what_the_head_ignores(self) -> None:
         """Raises ConfigError for options that are set and would change nothing."""

@@ -176,6 +176,26 @@ def barrier() -> None:
         _exchange(b"")
 
 
+def total(tree: Any) -> Any:
+    """The sums of all processes' arrays, leaf by leaf, added up by the runtime: the same bits in each of them."""
+    if count() == 1:
+        return tree
+    import jax
+
+    from probe.devices import put_rows
+
+    mesh, program = _sums_of_all()
+    num_own, num_all = jax.local_device_count(), jax.device_count()
+
+    def place(leaf: Any) -> Any:
+        value = np.asarray(leaf)
+        rows = np.zeros((num_own, *value.shape), value.dtype)
+        rows[0] = value
+        return put_rows(rows, mesh, num_all)
+
+    return jax.tree.map(np.asarray, program(jax.tree.map(place, tree)))
+
+
 def share(num_rows: int) -> slice:
     """The rows that this process has of so many: parts that follow one another, as equal as can be."""
     num, own = count(), index()
@@ -183,8 +203,8 @@ def share(num_rows: int) -> slice:
 
 
 @functools.cache
-def _greatest_of() -> tuple[Any, Any]:
-    """Where one number per device lies, and the program that finds the greatest."""
+def _greatest_of_all() -> tuple[Any, Any]:
+    """The mesh of all devices, and the program that finds the greatest of a number on each."""
     import jax
 
     from probe.devices import data_mesh, whole
@@ -193,13 +213,24 @@ def _greatest_of() -> tuple[Any, Any]:
     return mesh, jax.jit(lambda values: values.max(), out_shardings=whole(mesh))
 
 
+@functools.cache
+def _sums_of_all() -> tuple[Any, Any]:
+    """The mesh of all devices, and the program that adds up what lies on them, leaf by leaf."""
+    import jax
+
+    from probe.devices import data_mesh, whole
+
+    mesh = data_mesh(jax.devices())
+    return mesh, jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.sum(axis=0), tree), out_shardings=whole(mesh))
+
+
 def _greatest(value: int) -> Any:
     """The greatest of all processes' numbers, as an array that is being computed."""
     import jax
 
     from probe.devices import put_rows
 
-    mesh, program = _greatest_of()
+    mesh, program = _greatest_of_all()
     return program(put_rows(np.full(jax.local_device_count(), value, np.int32), mesh, jax.device_count()))
 
 

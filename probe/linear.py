@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from probe import bundle, provenance
+from probe import bundle, distributed, provenance
 from probe.backbones import load_text_encoder
 from probe.cache import Cache
 from probe.config import FitLinearConfig, to_json
@@ -25,7 +25,7 @@ from probe.heads import class_logits
 from probe.machine import memory_bytes
 from probe.notebook import looks, metrics_look
 from probe.probing.convex import fit_convex
-from probe.probing.features import Features, Stream, pieces
+from probe.probing.features import Features, Stream, gathered, pieces
 from probe.probing.fewer import curve_warnings, few_shot, head_warnings, learning_curve
 from probe.probing.knn import fit_knn
 from probe.probing.mlp import fit_mlp
@@ -47,13 +47,19 @@ _NAMED = 5  # how many of many rows a message names
 @looks(metrics_look)
 @heeds_quiet
 def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
-    """Trains the head that the config asks for and writes the run folder.
+    """Trains the head that the config asks for and writes the run folder; of several processes, the first one writes.
 
     Returns: what metrics.json holds.
-    Raises: InputError for labels or embeddings that cannot be learned from, and what reading a cache raises.
+    Raises: InputError for labels or embeddings that cannot be learned from, and what reading a cache raises;
+      EngineError if another process is lost.
     """
+    with distributed.joined(config):
+        return _fit_linear(config)
+
+
+def _fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     made = provenance.Made()
-    bundle.require_free(config.out, overwrite=config.overwrite)
+    distributed.on_first(lambda: bundle.require_free(config.out, overwrite=config.overwrite))
     cache = Cache.open(config.cache)
     table, backbone = cache.table, cache.provenance
     reference = bundle.BackboneReference(
@@ -70,7 +76,8 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     data, more = make_data(config, embeddings, table.labels, table.splits, table.groups, cache.class_names)
     notes += more + _leaks(table.keys, data.splits)
     if config.prior == "text":
-        data = dataclasses.replace(data, text_weights=_text_weights(config, reference, data))
+        weights = distributed.on_first(lambda: _text_weights(config, reference, data))
+        data = dataclasses.replace(data, text_weights=weights)
     with Stages() as report:
         fitted, metrics = fit_data(config, data, notes, report)
     answers = predictions.collect(
@@ -80,26 +87,30 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
         keys=table.keys,
         labels=table.labels,
     )
-    bundle.save(
-        config.out,
-        head=fitted.head,
-        class_names=cache.class_names,
-        view=fitted.view,
-        backbone=reference,
-        preprocessor_config=backbone["preprocessor_config"],
-        backbone_copy=backbone_copy,
-        multi_label=data.multi_label,
-        config=to_json(config),
-        metrics=metrics,
-        seen=_seen(table.keys, data.splits),
-        files={
-            predictions.FILE_NAME: predictions.to_bytes(answers),
-            provenance.FILE_NAME: made.to_bytes(cache=cache.reference, source=cache.origin),
-        },
-        overwrite=config.overwrite,
-    )
-    if not config.no_report:
-        report_saved_run(config.out)
+
+    def write() -> None:
+        bundle.save(
+            config.out,
+            head=fitted.head,
+            class_names=cache.class_names,
+            view=fitted.view,
+            backbone=reference,
+            preprocessor_config=backbone["preprocessor_config"],
+            backbone_copy=backbone_copy,
+            multi_label=data.multi_label,
+            config=to_json(config),
+            metrics=metrics,
+            seen=_seen(table.keys, data.splits),
+            files={
+                predictions.FILE_NAME: predictions.to_bytes(answers),
+                provenance.FILE_NAME: made.to_bytes(cache=cache.reference, source=cache.origin),
+            },
+            overwrite=config.overwrite,
+        )
+        if not config.no_report:
+            report_saved_run(config.out)
+
+    distributed.on_first(write)
     return metrics
 
 
@@ -122,6 +133,15 @@ def open_embeddings(config: FitLinearConfig, cache: Cache) -> tuple[dict[str, Fe
     limit = memory_bytes() / 2 if config.max_memory is None else config.max_memory * 1e9
     needed = _COPIES * 4 * len(cache.table) * sum(cache.width(view) for view in config.views)
     streamable = config.head == "linear" and config.solver == "lbfgs" and not (config.shots or config.learning_curve)
+    every = np.arange(len(cache.table))
+    if config.distributed:
+        num = distributed.count()
+        note = f"{num} processes divide the rows between them: scikit-learn's baseline is left out"
+        fits = needed / num <= limit
+        return {
+            view: Stream(functools.partial(cache.blocks, view), every, cache.width(view), divided=True, fits=fits)
+            for view in config.views
+        }, [note if fits else f"{note}, and each reads its part anew for each pass"]
     if needed <= limit or (not streamable and config.max_memory is None):
         return {view: cache.embeddings(view) for view in config.views}, []
     limited_by = "half of this machine's memory" if config.max_memory is None else "--max-memory"
@@ -133,7 +153,6 @@ def open_embeddings(config: FitLinearConfig, cache: Cache) -> tuple[dict[str, Fe
             f"{too_large}: read in parts, they can be fitted with --head linear and --solver lbfgs, without --shots "
             "and --learning-curve. Ask for that, or give more memory."
         )
-    every = np.arange(len(cache.table))
     streams: dict[str, Features] = {
         view: Stream(functools.partial(cache.blocks, view), every, cache.width(view)) for view in config.views
     }
@@ -249,7 +268,8 @@ def fit_data(
 def apply_head(fitted: Fitted, data: Data, rows: np.ndarray) -> np.ndarray:
     """[n, C] logits of the head as it is saved."""
     embeddings = data.embeddings[fitted.view][rows]
-    at, parts = zip(*((at, fitted.head.apply(part)) for at, part in pieces(embeddings, _ANSWERED)), strict=True)
+    own = [(at, np.asarray(fitted.head.apply(part))) for at, part in pieces(embeddings, _ANSWERED)]
+    at, parts = zip(*(piece for of_one in gathered(embeddings, own) for piece in of_one), strict=True)
     logits = jnp.concatenate(parts)[np.argsort(np.concatenate(at))]
     return np.asarray(logits if data.multi_label else class_logits(logits))
 
@@ -305,7 +325,7 @@ def _c(metrics: dict[str, Any]) -> str:
 def check_finite(embeddings: Features, names: Sequence[bytes]) -> None:
     """Raises InputError, naming the rows, if an embedding has a NaN or an infinity."""
     found = [at[~np.isfinite(part).all(axis=1)] for at, part in pieces(embeddings)]
-    rows = np.sort(np.concatenate(found))
+    rows = np.sort(np.concatenate([np.concatenate(rows) for rows in gathered(embeddings, found) if rows]))
     if len(rows):
         named = ", ".join(os.fsdecode(names[row]) for row in rows[:_NAMED])
         rest = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
@@ -317,11 +337,20 @@ def check_finite(embeddings: Features, names: Sequence[bytes]) -> None:
 
 def check_varied(embeddings: Features) -> None:
     """Raises InputError if all [N, D] embeddings are the same, up to float32's rounding."""
-    first = None
+
+    def differ(rows: np.ndarray, first: np.ndarray) -> bool:
+        return bool((np.abs(rows - first) > _ROUNDING * np.abs(first)).any())
+
+    first, is_varied = None, False
     for _, part in pieces(embeddings):
         first = part[0].copy() if first is None else first
-        if (np.abs(part - first) > _ROUNDING * np.abs(first)).any():
-            return
+        is_varied = differ(part, first)
+        if is_varied:
+            break
+    found = gathered(embeddings, (first, is_varied))
+    firsts = [row for row, _ in found if row is not None]
+    if any(varied for _, varied in found) or any(differ(row, firsts[0]) for row in firsts):
+        return
     raise InputError(
         f"all {len(embeddings)} training images have the same embedding, so nothing tells them apart. Look at the "
         "images, which may be copies of one, and at the backbone's weights."

@@ -14,7 +14,7 @@ from probe.config import FitLinearConfig
 from probe.evaluation.calibration import fit_temperature
 from probe.heads import TrainedHead
 from probe.probing.curve import Curve, RowScores, edge_warning
-from probe.probing.features import Features, pieces
+from probe.probing.features import Features, completed, pieces
 from probe.probing.protocol import Data, Fitted, Report, row_weights, silent
 from probe.probing.reference import solve_with_sklearn
 from probe.probing.scaling import Scaling
@@ -92,7 +92,7 @@ def _logits_by_fold(data: Data, features: Features, folds: np.ndarray, heads: Ma
         for fold, head in heads.items():
             held = folds[at] == fold
             logits[at[held]] = logits_of_classes(part[held] @ head[:-1] + head[-1], data)
-    return logits
+    return completed(features, logits)
 
 
 def _judged_by_folds(config: FitLinearConfig, data: Data, searches: list[Search]) -> np.ndarray | None:

@@ -23,7 +23,7 @@ import numpy as np
 from flax import struct
 
 from probe.probing.lbfgs import MEMORY, Pairs, direction, dot, penalised, per_lane
-from probe.probing.passes import Lanes, Rows, StreamedRows, Sums, evaluate, zero_sums
+from probe.probing.passes import AnyRows, Lanes, Rows, Sums, evaluate, evaluate_rows, zero_sums
 
 Limits = tuple[Any, Any, Any, Any]  # gap_tolerance, bound_tolerance, target_norm, max_iterations, as `walk` has them
 Watch = Callable[[int, int, int], None]  # fits done, of how many, after how many passes
@@ -210,7 +210,7 @@ def _record(
 
 
 def walk(
-    rows: Rows | StreamedRows,
+    rows: AnyRows,
     lanes: Lanes,
     start: Any,
     gap_tolerance: Any,
@@ -264,11 +264,9 @@ _trial = jax.jit(_trial_weights)
 _after_pass = jax.jit(_advance)
 
 
-def gradient(rows: Rows | StreamedRows, lanes: Lanes, weights: Any) -> jax.Array:
+def gradient(rows: AnyRows, lanes: Lanes, weights: Any) -> jax.Array:
     """Gradient [K, M, D + 1] of the loss, without the penalty."""
-    sums = _whole_pass(rows, lanes, weights) if isinstance(rows, Rows) else evaluate(rows, lanes, jnp.asarray(weights))
+    whole_pass = evaluate_rows if isinstance(rows, Rows) else evaluate
+    sums = whole_pass(rows, lanes, jnp.asarray(weights))
     grad: jax.Array = sums.grad
     return grad
-
-
-_whole_pass = jax.jit(evaluate)

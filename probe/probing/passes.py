@@ -2,7 +2,8 @@
 
 A *lane* is one problem: a fold that is left out, and (sigmoids) a label. The columns of all lanes stand side by side,
 since XLA runs narrow products at a third of the rate of wide ones. Rows lie on the device, where a pass is one program,
-or are streamed: then a loop on the host adds pieces of one shape to the sums, each by one program.
+or are streamed: then a loop on the host adds pieces of one shape to the sums, each by one program. Where several
+processes have a part of the rows each, the runtime adds up their sums, pass by pass.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from probe import distributed
 from probe.probing.features import Stream
 
 NOTHING = int(np.iinfo(np.int32).min)  # left out by a lane that trains on every row: no row's fold, unlike -1
@@ -59,6 +61,16 @@ class StreamedRows:
         return filled
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class DividedRows:
+    """This process's part of the rows; the others have theirs, and all pass over them together."""
+
+    own: Rows | StreamedRows
+
+
+AnyRows = Rows | StreamedRows | DividedRows
+
+
 @struct.dataclass
 class Lanes:
     """K problems that run side by side.
@@ -96,8 +108,12 @@ class Sums:
     held_correct: Any
 
 
-def evaluate(rows: Rows | StreamedRows, lanes: Lanes, weights: jax.Array) -> Sums:
+def evaluate(rows: AnyRows, lanes: Lanes, weights: jax.Array) -> Sums:
     """One pass: the sums at weights [K, M, D + 1]. Those on the device may be a part of a larger program."""
+    if isinstance(rows, DividedRows):
+        own = evaluate_rows if isinstance(rows.own, Rows) else evaluate
+        of_all: Sums = distributed.total(own(rows.own, lanes, weights))
+        return of_all
     sums = zero_sums(weights)
     scaled = _scaled(weights, lanes)
     if isinstance(rows, Rows):
@@ -107,6 +123,9 @@ def evaluate(rows: Rows | StreamedRows, lanes: Lanes, weights: jax.Array) -> Sum
             before, sums = sums, _add_chunk(sums, chunk, lanes, scaled)
             before.loss.block_until_ready()  # else reading runs ahead of computing, and chunks pile up
     return dataclasses.replace(sums, grad=_scaled(sums.grad, lanes))
+
+
+evaluate_rows = jax.jit(evaluate)  # of `Rows`, where it is a program of its own
 
 
 def _scaled(weights: jax.Array, lanes: Lanes) -> jax.Array:

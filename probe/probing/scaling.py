@@ -1,12 +1,13 @@
 """How embeddings become the features that a head is fitted on, and how that is undone in its weights."""
 
 import dataclasses
+import functools
 from typing import Any, Literal, overload
 
 import numpy as np
 
 from probe.heads import Params, fold_scaling
-from probe.probing.features import Features, Stream, pieces
+from probe.probing.features import Features, Stream, gathered, pieces
 
 Kind = Literal["standard", "l2", "none"]
 _CONSTANT = 1e-6  # a deviation below this share of the mean is float32's rounding, not a feature
@@ -27,13 +28,13 @@ class Scaling:
     @classmethod
     def of(cls, embeddings: Features, kind: Kind) -> "Scaling":
         """From the statistics of [N, D] embeddings, the fitted rows alone, in one pass (Chan et al. 1983)."""
-        count, mean, squares = 0, np.zeros(embeddings.shape[1]), np.zeros(embeddings.shape[1])
+        nothing: _Moments = 0, np.zeros(embeddings.shape[1]), np.zeros(embeddings.shape[1])
+        own = nothing
         for _, part in pieces(embeddings):
             rows = unit_rows(part) if kind == "l2" else part
-            shift = rows.mean(axis=0, dtype=np.float64) - mean
-            share = len(rows) / (count + len(rows))
-            squares += len(rows) * rows.var(axis=0, dtype=np.float64) + count * share * shift**2
-            mean, count = mean + share * shift, count + len(rows)
+            squares = len(rows) * rows.var(axis=0, dtype=np.float64)
+            own = _merged(own, (len(rows), rows.mean(axis=0, dtype=np.float64), squares))
+        count, mean, squares = functools.reduce(_merged, gathered(embeddings, own), nothing)
         if kind != "standard":
             return cls(kind == "l2", mean, np.ones_like(mean))
         deviation = np.sqrt(squares / count)
@@ -56,6 +57,17 @@ class Scaling:
         """Parameters that do to raw embeddings what `params` do to features."""
         folded = fold_scaling(params, self.mean, self.scale)
         return {**folded, "unit_norm": np.ones((), np.float32)} if self.unit_norm else folded
+
+
+_Moments = tuple[int, np.ndarray, np.ndarray]  # number of rows, their mean, and their squared distances from it, [D]
+
+
+def _merged(some: _Moments, others: _Moments) -> _Moments:
+    if not others[0]:
+        return some
+    shift, share = others[1] - some[1], others[0] / (some[0] + others[0])
+    squares = some[2] + (others[2] + some[0] * share * shift**2)
+    return some[0] + others[0], some[1] + share * shift, squares
 
 
 def unit_rows(embeddings: np.ndarray) -> np.ndarray:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from probe import distributed
 from probe.config import FitLinearConfig
 from probe.probing.curve import Curve, RowScores, beyond
-from probe.probing.features import Features, pieces
+from probe.probing.features import Features, completed, pieces
 from probe.probing.protocol import Data, Report, row_weights
 from probe.probing.scaling import Kind, Scaling
 from probe.probing.solution import FoldPath
@@ -121,7 +122,7 @@ def choose_best(
     best = [curve.best(criterion, without=without, one_standard_error=config.one_standard_error) for curve in curves]
     scores = [curve.score(i, criterion, without=without) for curve, i in zip(curves, best, strict=True)]
     which = min(range(len(curves)), key=lambda k: scores[k])
-    return which, best[which]
+    return distributed.agreed((which, best[which]))
 
 
 def _judge(data: Data, features: Features, path: FoldPath) -> tuple[Curve, RowScores | None]:
@@ -132,10 +133,13 @@ def _judge(data: Data, features: Features, path: FoldPath) -> tuple[Curve, RowSc
     num_candidates, _, num_outputs = heads.shape
     kernel = heads[:, :-1].transpose(1, 0, 2).reshape(features.shape[1], -1)
     scores = RowScores(*np.empty((2, num_candidates, len(labels))))
-    for at, part in pieces(features[-len(labels) :], AT_ONCE):
+    of_val = features[-len(labels) :]
+    for at, part in pieces(of_val, AT_ONCE):
         logits = (part @ kernel).reshape(len(part), num_candidates, num_outputs).transpose(1, 0, 2)
         of_part = RowScores.of(logits_of_classes(logits + heads[:, None, -1], data), labels[at])
         scores.hits[:, at], scores.losses[:, at] = of_part.hits, of_part.losses
+    for values in (scores.hits, scores.losses):
+        completed(of_val, values.T)
     return scores.curve(), scores
 
 

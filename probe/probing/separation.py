@@ -4,7 +4,7 @@ import numpy as np
 from scipy.sparse.csgraph import connected_components
 
 from probe.errors import NumericalError
-from probe.probing.features import Features, pieces
+from probe.probing.features import Features, gathered, pieces
 
 _AT_ONCE = 512  # rows
 _CLOSE = 7.0  # nats: a class further behind on every row of another is what growing weights would leave there
@@ -39,7 +39,7 @@ def _all_right(features: Features, labels: np.ndarray, used: np.ndarray, heads: 
     for at, part in pieces(features, _AT_ONCE):
         logits = part[used[at]].astype(np.float32) @ heads[:, :-1].T + heads[:, -1]
         right &= np.all(((logits > 0) == labels[at[used[at]]]) & (logits != 0), axis=0)
-    return right
+    return np.asarray(np.all(gathered(features, right), axis=0))
 
 
 def _ahead(features: Features, labels: np.ndarray, used: np.ndarray, head: np.ndarray) -> np.ndarray:
@@ -49,7 +49,7 @@ def _ahead(features: Features, labels: np.ndarray, used: np.ndarray, head: np.nd
         own = labels[at[used[at]]]
         logits = part[used[at]].astype(np.float32) @ head[:, :-1].T + head[:, -1]
         np.maximum.at(ahead, own, logits - np.take_along_axis(logits, own[:, None], axis=1))
-    return ahead
+    return np.asarray(np.max(gathered(features, ahead), axis=0))
 
 
 def _is_parted(
@@ -68,4 +68,5 @@ def _is_parted(
         inside = groups[:, labels[at[used[at]]]].T
         least = np.minimum(least, np.where(inside, scores, np.inf).min(axis=0, initial=np.inf))
         highest = np.maximum(highest, np.where(inside, -np.inf, scores).max(axis=0, initial=-np.inf))
-    return np.asarray(least > highest)
+    found = gathered(features, (least, highest))
+    return np.asarray(np.min([low for low, _ in found], axis=0) > np.max([high for _, high in found], axis=0))

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from probe.heads import num_logits
-from probe.probing.features import Features, Stream, pieces
+from probe.probing.features import Features, Stream, gathered, held, is_divided, pieces
 from probe.probing.lanes import Path, Watch, gradient, walk
-from probe.probing.passes import NOTHING, Lanes, Rows, StreamedRows
+from probe.probing.passes import NOTHING, AnyRows, DividedRows, Lanes, Rows, StreamedRows
 from probe.probing.separation import check_not_separated
 from probe.probing.solution import FoldPath, Solution
 
@@ -75,25 +75,32 @@ class Problem:
             labels = labels[:, None]
         self._labels = labels
         chunk = min(_CHUNK, 1 << max(6, (num_rows - 1).bit_length()))
-        self._rows: Rows | StreamedRows
-        if isinstance(features, Stream):
+        rows: Rows | StreamedRows
+        if isinstance(features, Stream) and not features.fits:
             chunk = min(chunk, _STREAMED)
-            self._rows = StreamedRows(features, labels, self._weights, self._folds, chunk)
+            rows = StreamedRows(features, labels, self._weights, self._folds, chunk)
         else:
-            self._rows = Rows(
-                features=_chunked(features, chunk, np.float32),
-                labels=_chunked(labels, chunk, np.int32),
-                weights=_chunked(self._weights, chunk, np.float32),
-                folds=_chunked(self._folds, chunk, np.int32),
+            at, own = held(features)
+            rows = Rows(
+                features=_chunked(own, chunk, np.float32),
+                labels=_chunked(labels[at], chunk, np.int32),
+                weights=_chunked(self._weights[at], chunk, np.float32),
+                folds=_chunked(self._folds[at], chunk, np.int32),
             )
-        self._fold_sums: dict[int, np.ndarray] = {}
+        self._rows: AnyRows = DividedRows(rows) if is_divided(features) else rows
+        fold_sums: dict[int, np.ndarray] = {}
         second_moment = np.zeros((self._width, self._width))
         for at, values in pieces(features, chunk):
             part, by = values.astype(np.float32), self._weights[at].astype(np.float32)
             short = chunk - len(part)  # one shape, one program
             second_moment += _second_moment(np.pad(part, ((0, short), (0, 0))), np.pad(by, (0, short)))
             if standardise_folds:
-                self._add_to_folds(part.astype(np.float64), self._folds[at], self._weights[at] > 0)
+                self._add_to_folds(fold_sums, part.astype(np.float64), self._folds[at], self._weights[at] > 0)
+        second_moment = np.sum(gathered(features, second_moment), axis=0)
+        self._fold_sums: dict[int, np.ndarray] = {}
+        for sums in gathered(features, fold_sums):
+            for fold, of_fold in sums.items():
+                self._fold_sums[fold] = self._fold_sums.get(fold, 0) + of_fold
         self._eigenvalues, self._eigenvectors = np.linalg.eigh(second_moment / self._weights.sum())
         self.mean_variance = float(self._eigenvalues.mean())
 
@@ -259,12 +266,14 @@ class Problem:
         """[D + 1, M or C] with the bias last, as the weights of the lanes that train on all rows."""
         return head.T[:, None] if self._multi_label else head.T[None]
 
-    def _add_to_folds(self, features: np.ndarray, folds: np.ndarray, used: np.ndarray) -> None:
-        """Number, sums and sums of squares of the rows that train, by fold, each [D]."""
+    def _add_to_folds(
+        self, sums: dict[int, np.ndarray], features: np.ndarray, folds: np.ndarray, used: np.ndarray
+    ) -> None:
+        """Adds number, sums and sums of squares of the rows that train, by fold, each [D]."""
         for fold in np.unique(folds).tolist():
             part = features[used & (folds == fold)]
-            sums = np.stack([np.full(self._width, len(part)), part.sum(axis=0), (part**2).sum(axis=0)])
-            self._fold_sums[fold] = self._fold_sums.get(fold, 0) + sums
+            more = np.stack([np.full(self._width, len(part)), part.sum(axis=0), (part**2).sum(axis=0)])
+            sums[fold] = sums.get(fold, 0) + more
 
     def _ratios(self, left_out: Sequence[int]) -> np.ndarray:
         """[F, D] by what a lane multiplies the features, to have them divided by its own rows' deviations."""
