@@ -7,10 +7,12 @@ import contextlib
 import csv
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +170,158 @@ def test_several_processes_make_the_run_of_one(
     run(finetune(photos, tiny_clip, tmp_path / "one", *options, "--cache-prefix", "off"))
     assert_same_run(tmp_path / "several", tmp_path / "one")
     assert not list(tmp_path.glob("*.checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 1,501 rows of 5 overlapping classes, with splits."""
+    folder, rng = tmp_path_factory.mktemp("features"), np.random.default_rng(0)
+    labels = rng.integers(0, 5, 1501)
+    embeddings = rng.normal(size=(1501, 12)) + 0.6 * rng.normal(size=(5, 12))[labels] + 3
+    splits = np.where(np.arange(1501) % 5 == 0, "test", np.where(np.arange(1501) % 7 == 0, "val", "train"))
+    np.savez(folder / "all.npz", embeddings=embeddings.astype(np.float32), labels=labels.astype(str), splits=splits)
+    np.savez(folder / "train.npz", embeddings=embeddings.astype(np.float32), labels=labels.astype(str))
+    for name in ("all", "train"):
+        run(["cache", "import", str(folder / f"{name}.npz"), "--out", str(folder / name)])
+    return folder
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ("all", ["--scalings", "standard", "l2"]),
+        ("train", []),
+        ("train", ["--max-memory", "0.0001", "--criterion", "nll"]),
+    ],
+    ids=["validation", "folds", "streamed"],
+)
+def test_several_processes_find_the_optimum_of_one(rows: str, options: list[str], cache: Path, tmp_path: Path) -> None:
+    words = ["fit-linear", str(cache / rows), *options, "--no-report", "--out"]
+    run([*words, str(tmp_path / "one")])
+    done = together([*words, str(tmp_path / "two"), "--json"], 2)
+    assert [process.returncode for process in done] == [0, 0], done
+    assert (done[1].stdout, done[1].stderr) == ("", "")
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert json.loads(done[0].stdout) == two
+    assert two["penalty"] == pytest.approx(one["penalty"], rel=1e-7)  # of the mean variance, summed in another order
+    assert two["solution"]["converged"]
+    assert two["solution"]["objective"] == pytest.approx(one["solution"]["objective"], rel=1e-8)
+    assert two["temperature"] == pytest.approx(one["temperature"], rel=1e-3)  # of heads at the path's float32 tolerance
+    for split in one["splits"]:
+        for figure in ("n", "accuracy", "nll"):
+            assert two["splits"][split][figure] == pytest.approx(one["splits"][split][figure], rel=1e-3), split
+    heads = [safetensors.numpy.load_file(tmp_path / name / "head.safetensors") for name in ("one", "two")]
+    scale = one["temperature"], two["temperature"]
+    for leaf in ("kernel", "bias"):  # what was solved, before the temperature
+        np.testing.assert_allclose(heads[1][leaf] * scale[1], heads[0][leaf] * scale[0], atol=1e-4)
+    assert any("2 processes divide the rows" in warning for warning in two["warnings"])
+
+
+def start_launch(words: Sequence[str], num: int, *options: str) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command("launch", "--n", num, *options, "--", *words), cwd=ROOT, env=ENVIRONMENT, **pipes)
+
+
+def children(process: subprocess.Popen[str]) -> dict[int, int]:
+    """The processes that a launcher has started: their number → pid."""
+    found = {}
+    for line in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        for pid in line.read_text().split():
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if "--process-id" in words:
+                found[int(words[words.index("--process-id") + 1])] = int(pid)
+    return found
+
+
+def wait_for(process: subprocess.Popen[str], is_there: Callable[[], bool]) -> None:
+    while not is_there():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[2]) for path in folder.glob("0*-step-*"))
+
+
+LONG = ["--epochs", "40", "--checkpoint-every", "5"]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_process_that_is_killed_costs_the_steps_since_the_last_checkpoint(
+    photos: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    whole = run(["launch", "--n", "2", "--", *finetune(photos, tiny_clip, tmp_path / "whole", *LONG, "--no-report")])
+    assert whole.stdout.endswith(f"saved in {tmp_path}/whole: classify with `probe predict {tmp_path}/whole IMAGES`\n")
+    process = start_launch([*finetune(photos, tiny_clip, tmp_path / "killed", *LONG), "--no-report"], 2, "--json")
+    checkpoints = tmp_path / "killed.checkpoints"
+    for victim in (1, 0):
+        before = max(saved_steps(checkpoints), default=0)
+        wait_for(process, lambda before=before: max(saved_steps(checkpoints), default=0) > before)
+        os.kill(children(process)[victim], signal.SIGKILL)
+        time.sleep(2)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert json.loads(out.splitlines()[-1]) == {
+        "num_processes": 2,
+        "restarts": ["process 1 was killed by SIGKILL", "process 0 was killed by SIGKILL"],
+    }
+    assert "probe launch: process 1 was killed by SIGKILL: from the last checkpoint, restart 1 of 3\n" in err
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", atol=0)
+    assert not checkpoints.exists()
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_any_number_of_processes_goes_on_with_what_others_saved(photos: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    run(finetune(photos, tiny_clip, tmp_path / "one", *LONG, "--cache-prefix", "off", "--no-report"))
+    words = finetune(photos, tiny_clip, tmp_path / "moved", *LONG, "--cache-prefix", "off", "--no-report")
+    process = start_launch([*words, "--fsdp"], 2)
+    checkpoints = tmp_path / "moved.checkpoints"
+    wait_for(process, lambda: len(saved_steps(checkpoints)) > 0)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 143, err
+    assert err.endswith("probe: error: stopped by SIGTERM\n")
+    assert "is kept; go on with --resume" in err
+    (tmp_path / "kept").mkdir()
+    subprocess.run(["cp", "-r", checkpoints, tmp_path / "kept"], check=True)
+    assert saved_steps(checkpoints)[-1] < 200
+    run([*words, "--resume"])
+    assert_same_run(tmp_path / "moved", tmp_path / "one")
+    subprocess.run(["cp", "-r", tmp_path / "kept" / "moved.checkpoints", checkpoints], check=True)
+    done = together([*words, "--resume", "--overwrite"], 4)
+    assert [one.returncode for one in done] == [0] * 4, done
+    assert_same_run(tmp_path / "moved", tmp_path / "one")
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_an_error_that_would_come_again_ends_it_with_its_exit_code(
+    photos: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    words = finetune(photos, tiny_clip, tmp_path / "run", "--on-error", "fail")
+    process = start_launch(words, 2)
+    _, err = process.communicate()
+    assert process.returncode == 3
+    assert "train/blue/03.png: " in err
+    assert "Mend it, or pass --on-error skip" in err
+    assert "ended with exit code 3, which ended all 2" in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_no_process_outlives_its_launcher(photos: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    process = start_launch(finetune(photos, tiny_clip, tmp_path / "run", *LONG), 2)
+    wait_for(process, lambda: len(saved_steps(tmp_path / "run.checkpoints")) > 0)
+    pids = children(process).values()
+    assert len(pids) == 2
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
