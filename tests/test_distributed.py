@@ -102,7 +102,7 @@ def weights(run_folder: Path) -> dict[str, np.ndarray]:
 
 def assert_same_run(ours: Path, theirs: Path, *, atol: float = 1e-5) -> None:
     """The losses of every epoch, the final figures and the saved weights, to float error."""
-    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-5)
+    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-5, atol=1e-6)  # logits are float32
     a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (ours, theirs))
     assert [a["chosen_epoch"], a["chosen_alpha"]] == [b["chosen_epoch"], b["chosen_alpha"]]
     assert a["failures"] == b["failures"]
@@ -245,7 +245,7 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(path.name.split("-")[2]) for path in folder.glob("0*-step-*"))
 
 
-LONG = ["--epochs", "40", "--checkpoint-every", "5"]
+LONG = ["--epochs", "30", "--checkpoint-every", "5", "--backbone-lr", "1e-3", "--head-lr", "0.01"]
 
 
 @pytest.mark.cluster
@@ -288,7 +288,7 @@ def test_any_number_of_processes_goes_on_with_what_others_saved(photos: Path, ti
     assert "is kept; go on with --resume" in err
     (tmp_path / "kept").mkdir()
     subprocess.run(["cp", "-r", checkpoints, tmp_path / "kept"], check=True)
-    assert saved_steps(checkpoints)[-1] < 200
+    assert saved_steps(checkpoints)[-1] < 150
     run([*words, "--resume"])
     assert_same_run(tmp_path / "moved", tmp_path / "one")
     subprocess.run(["cp", "-r", tmp_path / "kept" / "moved.checkpoints", checkpoints], check=True)
