@@ -216,10 +216,8 @@ def _cached_blocks(
     if config.views is not None and not (augmentation.changes_images or augmentation.mixes):
         raise ConfigError(f"--views {config.views} cannot act: there is no augmentation that draws any")
     params, _ = classifier_variables(backbone, zero_head(backbone.width, 2) if head is None else head)
-    if config.distributed and config.cache_prefix not in ("auto", "off"):
-        raise ConfigError(f"--cache-prefix {config.cache_prefix}: several processes do not share one yet: leave it out")
     num_blocks, note = blocks_to_cache(
-        "off" if config.distributed else config.cache_prefix,
+        config.cache_prefix,
         backbone,
         optim.partition(params, rules),
         augmentation,

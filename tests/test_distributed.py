@@ -157,8 +157,12 @@ def test_without_a_scheduler_somebody_has_to_say_who_the_others_are(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("num", "options"),
-    [(2, ["--fsdp"]), (4, []), (2, ["--init", "probe", "--flip", "0.5", "--mixup", "0.2", "--accumulate", "2"])],
-    ids=["divided", "four", "everything"],
+    [
+        (2, ["--fsdp", "--unfreeze-last", "1"]),
+        (4, []),
+        (2, ["--init", "probe", "--flip", "0.5", "--mixup", "0.2", "--accumulate", "2"]),
+    ],
+    ids=["divided", "four", "augmented"],
 )
 def test_several_processes_make_the_run_of_one(
     num: int, options: list[str], photos: Path, tiny_clip: Path, tmp_path: Path
@@ -169,6 +173,8 @@ def test_several_processes_make_the_run_of_one(
     assert [(process.stdout, process.stderr) for process in done[1:]] == [("", "")] * (num - 1)
     run(finetune(photos, tiny_clip, tmp_path / "one", *options, "--cache-prefix", "off"))
     assert_same_run(tmp_path / "several", tmp_path / "one")
+    cached = json.loads(done[0].stdout)["cached_prefix"]
+    assert (cached is not None) == ("--unfreeze-last" in options)
     assert not list(tmp_path.glob("*.checkpoints"))
 
 

@@ -3,6 +3,8 @@
 Training then runs the rest of the tower alone. A training image has one row of activations per augmented view, drawn
 as training without the cache draws it, by (seed, view, example), so that the losses are the same to float error. Rows
 that only choose or judge have one, of the plain picture, computed in float32 whatever training computes in.
+
+Of several processes each computes some of the shards, on its own devices, and reads what the others have sealed.
 """
 
 import collections
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from probe import interrupt
+from probe import distributed, interrupt
 from probe.backbones import Backbone, normalize_pixels
 from probe.backbones.split import count_blocks, make_prefix, make_suffix
 from probe.errors import ConfigError, MismatchError, NumericalError, StorageError
@@ -32,10 +34,11 @@ from probe.training.full import make_prepare
 from probe.training.optim import Labels
 from probe.training.rates import num_frozen_blocks
 from probe.training.sharding import Placement
-from probe.training.steps import Batch, Params, padded_batch
+from probe.training.steps import Batch, Params, filled_up, make_batch, padded_batch
 
 _PROGRAM = 1  # raise it when towers or augmentation give other numbers for the same weights and images
 _TABLES = ("train", "plain")  # folders: the views of the training rows, and the plain pictures of all others
+_ALL = slice(None)
 _BATCHES_IN_FLIGHT = 2  # the device computes one while the next is sent
 
 
@@ -113,7 +116,7 @@ class FrozenPrefix:
         seed: int,
         bfloat16: bool,
         batch_size: int,
-        placement: Placement,
+        fsdp: bool,
         folder: Path,
     ) -> None:
         """
@@ -122,10 +125,12 @@ class FrozenPrefix:
           augmentation: of the training rows; it mixes no pictures.
           views: of each training image, see `num_views`; epoch e sees view e % views.
           seed: of the augmentation. bfloat16: whether training computes in it.
+          batch_size: images that this process computes at once. fsdp: divide the weights over its devices.
           folder: of the cached activations.
         """
         self.folder, self.num_blocks, self.views = folder, num_blocks, views
-        self._backbone, self._images, self._placement = backbone, images, placement
+        self._backbone, self._images = backbone, images
+        self._placement = Placement.over_own_devices(batch_size, fsdp=fsdp)
         self._batch_size, self._seed = batch_size, seed
         augmentation = dataclasses.replace(augmentation, label_smoothing=0.0)  # of targets, not of pictures
         self._prepare = make_prepare(augmentation, len(images.source.class_names))
@@ -147,13 +152,17 @@ class FrozenPrefix:
           rebuild: remove activations that were made in another way; else they are an error.
         Raises: MismatchError with the fields that differ; InputError if it holds something else; CorruptError.
         """
-        for table in self._tables.values():
-            try:
-                table.check_same()
-            except MismatchError:
-                if not rebuild:
-                    raise
-                table.remove()
+
+        def claim() -> None:
+            for table in self._tables.values():
+                try:
+                    table.check_same()
+                except MismatchError:
+                    if not rebuild:
+                        raise
+                    table.remove()
+
+        distributed.on_first(claim)
 
     @property
     def num_bytes(self) -> int:
@@ -189,31 +198,40 @@ class FrozenPrefix:
 
         Raises: StorageError; NumericalError if activations are not finite; Interrupted, what is sealed being kept.
         """
-        missing = [(name, part) for name, table in self._tables.items() for part in table.missing()]
-        for table in self._tables.values():
-            table.create()
-        variables = self._placement.place(self._backbone.variables) if missing else {}
-        with Progress("frozen blocks", total=sum(len(part) for _, part in missing), unit="images") as progress:
-            try:
-                for name, part in missing:
-                    self._tables[name].seal(part, self._compute(name, part, variables, progress))
-            except interrupt.Interrupted as stop:
-                hint = "the activations computed so far are kept; run it again to go on"
-                raise interrupt.Interrupted(stop.signum, hint) from None
 
-    def train_batches(self, order: np.ndarray, batch_size: int, epoch: int) -> Iterator[Batch]:
+        def look() -> list[tuple[str, range]]:
+            found = [(name, part) for name, table in self._tables.items() for part in table.missing()]
+            for table in self._tables.values():
+                table.create()
+            return found
+
+        missing = distributed.on_first(look)[distributed.index() :: distributed.count()]
+
+        def compute() -> None:
+            variables = self._placement.place(self._backbone.variables) if missing else {}
+            with Progress("frozen blocks", total=sum(len(part) for _, part in missing), unit="images") as progress:
+                try:
+                    for name, part in missing:
+                        self._tables[name].seal(part, self._compute(name, part, variables, progress))
+                except interrupt.Interrupted as stop:
+                    hint = "the activations computed so far are kept; run it again to go on"
+                    raise interrupt.Interrupted(stop.signum, hint) from None
+
+        distributed.on_each(compute)
+
+    def train_batches(self, order: np.ndarray, batch_size: int, epoch: int, own: slice = _ALL) -> Iterator[Batch]:
         """Training rows in the given order, as `ImageRows.batches` has them, activations for inputs."""
-        return self._batches("train", order, batch_size, epoch % self.views)
+        return self._batches("train", order, batch_size, epoch % self.views, own)
 
     def holds(self, rows: np.ndarray) -> bool:
         """Whether `plain_batches` can be made of these rows."""
         return self._holder(rows) is not None
 
-    def plain_batches(self, rows: np.ndarray, batch_size: int) -> Iterator[Batch]:
+    def plain_batches(self, rows: np.ndarray, batch_size: int, own: slice = _ALL) -> Iterator[Batch]:
         """The same of plain pictures in float32, for evaluation; of rows that `holds` is true of."""
         name = self._holder(rows)
         assert name is not None
-        return self._batches(name, rows, batch_size, 0)
+        return self._batches(name, rows, batch_size, 0, own)
 
     def frozen_above(self, frozen: Params) -> Params:
         """Those of the frozen leaves of {"backbone", "head"} that the rest of the tower reads."""
@@ -247,7 +265,7 @@ class FrozenPrefix:
         return program
 
     def _table(self, name: str, views: int, how: dict[str, Any]) -> Activations:
-        rows, device = self._rows[name], jax.devices()[0]
+        rows, device = self._rows[name], jax.local_devices()[0]
         image = np.zeros((1, *self._backbone.preprocessing.image_size, 3), np.uint8)
         batch = padded_batch(image, np.zeros(1, np.int32), 1, examples=np.zeros(1, np.int32))
         result = jax.eval_shape(self._programs[name], self._backbone.variables, jax.random.key(0), batch)
@@ -304,9 +322,10 @@ class FrozenPrefix:
         names = ("plain", "train") if self._plain_training else ("plain",)
         return next((name for name in names if np.isin(rows, self._rows[name]).all()), None)
 
-    def _batches(self, name: str, order: np.ndarray, batch_size: int, view: int) -> Iterator[Batch]:
+    def _batches(self, name: str, order: np.ndarray, batch_size: int, view: int, own: slice) -> Iterator[Batch]:
         rows, table = self._rows[name], self._tables[name]
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            inputs = table.read(view * len(rows) + np.searchsorted(rows, chosen))
-            yield padded_batch(inputs, self._images.labels[chosen], batch_size, examples=chosen)
+            filled = filled_up(chosen, batch_size)
+            inputs = table.read(view * len(rows) + np.searchsorted(rows, filled[own]))
+            yield make_batch(inputs, self._images.labels[filled], len(chosen), examples=filled)

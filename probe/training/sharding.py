@@ -31,6 +31,13 @@ class Placement:
         check_divides(batch_size, len(devices), "--batch-size (÷ --accumulate)")
         return cls(data_mesh(devices), fsdp)
 
+    @classmethod
+    def over_own_devices(cls, batch_size: int, *, fsdp: bool = False) -> "Placement":
+        """Every device of this process alone. Raises: ConfigError, as above."""
+        devices = jax.local_devices()
+        check_divides(batch_size, len(devices), "--batch-size")
+        return cls(data_mesh(devices), fsdp)
+
     def place(self, tree: Any) -> Any:
         """Puts parameters or a train state on the mesh."""
         return jax.tree.map(lambda leaf: put(leaf, self._sharding(np.shape(leaf))), tree)

@@ -117,8 +117,9 @@ class Tuning:
 
             def train_batches(epoch: int) -> Iterator[steps.Batch]:
                 order = rows.train[steps.shuffled(len(rows.train), seed=config.seed, epoch=epoch)]
-                source = prefix.train_batches(order, config.batch_size, epoch) if prefix else self._batches(order)
-                for batch in source:
+                own = self._placement.own_rows(config.batch_size)
+                cached = prefix and prefix.train_batches(order, config.batch_size, epoch, own)
+                for batch in cached or self._batches(order):
                     yield batch
                     progress.advance(int(batch.mask.sum()))
 
@@ -173,7 +174,8 @@ class Tuning:
     def _evaluation(self, rows: np.ndarray) -> tuple["_Network", Iterator[steps.Batch]]:
         """What answers to these rows, and the rows as it takes them."""
         if self._prefix is not None and self._prefix.holds(rows):
-            return self._trained, self._prefix.plain_batches(rows, self._config.batch_size)
+            own = self._placement.own_rows(self._config.batch_size)
+            return self._trained, self._prefix.plain_batches(rows, self._config.batch_size, own)
         return self._whole, self._batches(rows)
 
     def _batches(self, rows: np.ndarray) -> Iterator[steps.Batch]:
@@ -202,12 +204,12 @@ class Tuning:
             seed=config.seed,
             bfloat16=config.precision == "bfloat16",
             batch_size=config.batch_size,
-            placement=self._placement,
+            fsdp=config.fsdp,
             folder=Path(config.cache_prefix) if asked else _prefix_folder(config),
         )
         prefix.claim(rebuild=not asked)
         try:
-            prefix.require_room()
+            distributed.on_first(prefix.require_room)
         except StorageError as err:
             if asked:
                 raise
