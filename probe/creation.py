@@ -72,7 +72,7 @@ def choose(
     if precision == "int8" and isinstance(backbone.config, ViTConfig):
         candidates = [int8_precision(backbone)]
         if candidates[0].in_bfloat16:
-            notes.append(f"int8 would spoil {', '.join(candidates[0].in_bfloat16)}: those stay in bfloat16")
+            notes.append(f"int8, with {', '.join(candidates[0].in_bfloat16)} left in bfloat16")
     elif precision == "int8":
         notes.append("int8 has no convolutions")
         candidates = [Precision("float32"), Precision("bfloat16")]

@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 import probe
-from probe.backbones import load_backbone, load_text_encoder, make_embed_fn
+from probe.backbones import Precision, int8_precision, load_backbone, load_text_encoder, make_embed_fn
 from probe.backbones.checkpoint import BUNDLED
 from probe.demo import samples
 from probe.errors import InputError
 from tests.parity import TOLERANCE, relative_error
+from tests.test_inference import cosines
 
 MODELS = Path(probe.__file__).parent / "models"
 TEXTS = ["banana", "a picture of a cat", "flag: Japan", "grinning face with big eyes, an emoji", ""]
@@ -101,3 +102,14 @@ def test_it_names_pictures_of_a_design_that_it_never_saw() -> None:
     cosines = found / np.linalg.norm(found, axis=1, keepdims=True) @ encoder.encode(names).T
     hits = (cosines.argmax(axis=1) == np.arange(len(names))).mean()
     assert hits > 5 / len(names)  # one in 60 or so by chance; what it really finds is in data/pretrain/README.md
+
+
+def test_rounding_moves_embeddings_of_trained_weights_a_little() -> None:
+    """On pictures of a design that it never saw; trained activations are less even than those of random weights."""
+    backbone, pictures = load_backbone("probe-tiny"), np.stack(list(sample_images().values()))
+    exact = make_embed_fn(backbone, backbone.views)(pictures)
+    for precision, least in ((Precision("bfloat16"), 0.9999), (int8_precision(backbone), 0.999)):
+        rounded = make_embed_fn(backbone, backbone.views, precision)(pictures)
+        found = {view: cosines(rounded[view], exact[view]).min() for view in backbone.views}
+        print(f"{precision.name}: {found}, {len(pictures)} pictures")
+        assert min(found.values()) >= least
