@@ -1,8 +1,11 @@
 """What every test may ask for: tiny real checkpoints, and a folder of pictures whose classes can be told apart."""
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +13,13 @@ from PIL import Image
 from tests.checkpoints import write_tiny_clip, write_tiny_resnet
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Many tests compile the same tiny programs, here and in the processes that they start: the programs are kept until the
+# tests end, for each process of pytest apart, since jax may read what another has half written.
+_COMPILED = tempfile.TemporaryDirectory(prefix="probe-tests-", ignore_cleanup_errors=True)
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": _COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # development photos and weights, not part of the product
 
 
