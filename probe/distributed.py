@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 _LEAST_BYTES = 1024  # of a message; its length is then a power of two, so that few programs are compiled
 _MOST_BYTES = 1 << 28  # sent at once
-_LOST = ("Gloo", "NCCL", "coordination", "Coordination", "heartbeat", "Connection")  # in what jax says of lost contact
+_LOST = ("Gloo ", "NCCL", "oordination service", "heartbeat")  # in what jax says of lost contact
 
 
 class Options(Protocol):
@@ -48,6 +48,7 @@ class Options(Protocol):
 
 class _State:
     is_joined = False
+    speaks = True  # for all, also once they have parted
     is_alone = False  # the first process, at what it does alone
     exit_code: int | None = None  # of a process that leaves without waiting for the others
 
@@ -72,12 +73,13 @@ def index() -> int:
 
 def is_first() -> bool:
     """Whether this is the process that writes, and speaks for all."""
-    return index() == 0
+    return index() == 0 if _State.is_joined else _State.speaks
 
 
 @contextlib.contextmanager
 def joined(options: Options) -> Iterator[None]:
-    """Makes this process one of those that compute as one, if the options say so; before jax has looked for devices.
+    """Makes this process one of those that compute as one, if the options say so; before jax has looked for devices, or
+    where `jax.distributed` is initialized already.
 
     The processes end together: who comes to the end of the block waits there for the others. All but the first are
     silent within it, unless they fail.
@@ -88,23 +90,32 @@ def joined(options: Options) -> Iterator[None]:
         return
     import jax
 
-    _join(options)
+    is_theirs = jax.distributed.is_initialized()
+    if not is_theirs:
+        _initialize(options)
+    _State.is_joined = True
+    _State.speaks = jax.process_index() == 0
+    atexit.register(_leave)
     try:
+        with _stdout_aside():  # where Gloo would tell of its peers
+            barrier()
         with contextlib.nullcontext() if is_first() else _silent():
             yield
             barrier()
-        jax.distributed.shutdown()
-    except jax.errors.JaxRuntimeError as err:
-        _State.exit_code = EngineError.exit_code
-        if not any(sign in str(err) for sign in _LOST):
+        if not is_theirs:
+            jax.distributed.shutdown()
+    except BaseException as err:
+        _State.exit_code = err.exit_code if isinstance(err, ProbeError) else 1
+        # jax raises either, by where it meets the error
+        if not isinstance(err, jax.errors.JaxRuntimeError | ValueError) or not any(sign in str(err) for sign in _LOST):
             raise
+        _State.exit_code = EngineError.exit_code
         raise EngineError(
             f"process {jax.process_index()} of {jax.process_count()} lost contact with another, which has ended: see "
             "what that one says. --resume goes on from the last checkpoint."
         ) from err
-    except BaseException as err:
-        _State.exit_code = err.exit_code if isinstance(err, ProbeError) else 1
-        raise
+    finally:
+        _State.is_joined = False
 
 
 def on_each(function: Callable[[], T]) -> list[T]:
@@ -252,7 +263,7 @@ def _exchange(message: bytes) -> list[bytes]:
     return [b"".join(part) for part in parts]
 
 
-def _join(options: Options) -> None:
+def _initialize(options: Options) -> None:
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -273,10 +284,6 @@ def _join(options: Options) -> None:
         ) from err
     except RuntimeError as err:
         raise EngineError(f"--distributed: the other processes cannot be found at {address}: {err}") from err
-    _State.is_joined = True
-    atexit.register(_leave)
-    with _stdout_aside():  # where Gloo would tell of its peers
-        barrier()
 
 
 def _leave() -> None:

@@ -329,3 +329,21 @@ def test_no_process_outlives_its_launcher(photos: Path, tiny_clip: Path, tmp_pat
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_without_a_launcher_the_others_say_that_one_is_lost(photos: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    words = finetune(photos, tiny_clip, tmp_path / "run", *LONG)
+    with free_port() as coordinator:
+        place = ["--distributed", "--coordinator", coordinator, "--num-processes", "2", "--process-id"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first, second = (
+        subprocess.Popen(command(*words, *place, index), cwd=ROOT, env=ENVIRONMENT, **pipes) for index in range(2)
+    )
+    wait_for(first, lambda: len(saved_steps(tmp_path / "run.checkpoints")) > 0)
+    second.kill()
+    second.communicate()
+    out, err = first.communicate()
+    assert (first.returncode, out) == (10, ""), err
+    assert err.splitlines()[-1].startswith("probe: error: process 0 of 2 lost contact with another, which has ended")
