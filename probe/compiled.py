@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Programs that probe has compiled. It makes them anew.\n"
@@ -20,14 +21,44 @@ def keep_compiled_programs() -> None:
     if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     with contextlib.suppress(OSError, RuntimeError):  # no home, a file in the way, a disk that is full or read-only
-        folder = _cache_home() / "probe" / "compiled" / _processor()
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            tag = folder.parents[1] / "CACHEDIR.TAG"  # backups leave such a folder out: https://bford.info/cachedir
-            if not tag.exists():
-                tag.write_text(_TAG)
-            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-            os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _LEAST_SECONDS)
+        folder = _default_folder()
+        _check_writable(folder)
+        tag = folder.parents[1] / "CACHEDIR.TAG"  # backups leave such a folder out: https://bford.info/cachedir
+        if not tag.exists():
+            tag.write_text(_TAG)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _LEAST_SECONDS)
+
+
+def why_not_kept() -> str | None:
+    """Why what the command line compiles is compiled again by every run; None where it is kept."""
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if named == "":
+        return "JAX_COMPILATION_CACHE_DIR is empty: unset it"
+    if named and "://" in named:
+        return None  # an object store, which jax writes to itself
+    try:
+        folder = Path(named) if named else _default_folder()
+    except RuntimeError as err:
+        return f"{err} Let JAX_COMPILATION_CACHE_DIR name a folder."
+    try:
+        _check_writable(folder)
+    except OSError as err:
+        why = err.strerror or type(err).__name__
+        return f"{folder} cannot be written to ({why}): mend that, or let JAX_COMPILATION_CACHE_DIR name another"
+    return None
+
+
+def _check_writable(folder: Path) -> None:
+    """Makes the folder, as jax would, and a file in it, which goes again. Raises: OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _default_folder() -> Path:
+    """Raises: RuntimeError where there is no home."""
+    return _cache_home() / "probe" / "compiled" / _processor()
 
 
 def _cache_home() -> Path:

@@ -9,7 +9,6 @@ import importlib.util
 import itertools
 import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import features
 
 from probe.backbones import Backbone, Precision, ViTConfig, int8_precision, load_backbone
+from probe.compiled import why_not_kept
 from probe.config import DoctorConfig
 from probe.embedding import make_run_batch
 from probe.errors import InputError
@@ -61,7 +61,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     """
     backbone = load_backbone(config.backbone) if config.backbone else None
     paths, what = _samples(config)
-    rates = {precision: matmul_rate(precision) for precision in PRECISIONS}
+    rates = {precision: matmul_rate(precision) for precision in _precisions()}
     result: dict[str, Any] = {
         "versions": _versions(),
         "devices": [
@@ -118,6 +118,11 @@ def describe(result: dict[str, Any]) -> str:
         lines.append("with --backbone B: how many images a second that allows, and what each precision changes")
     lines += [f"warning: {warning}" for warning in result["warnings"]] or ["nothing here will be slow"]
     return "\n".join(lines)
+
+
+def _precisions() -> tuple[str, ...]:
+    """tf32 is there on a GPU alone."""
+    return PRECISIONS if jax.devices()[0].platform != "gpu" else (PRECISIONS[0], "tf32", *PRECISIONS[1:])
 
 
 def _versions() -> dict[str, str]:
@@ -196,7 +201,7 @@ def _differences(backbone: Backbone, pixels: np.ndarray) -> dict[str, dict[str, 
     Args:
       pixels: [N, H, W, 3] uint8.
     """
-    precisions = [Precision("float32"), Precision("bfloat16")]
+    precisions = [Precision(name) for name in _precisions() if name != "int8"]  # type: ignore[arg-type]
     if isinstance(backbone.config, ViTConfig):
         precisions.append(int8_precision(backbone))
     num_devices = len(jax.local_devices())
@@ -255,19 +260,6 @@ def _warnings(result: dict[str, Any], decoding: _Decoding) -> list[str]:
                 f"decoding reaches {decoding.images_per_second:,.0f} images/s, and the device could take "
                 f"{fastest:,.0f}: more cores, or --decode fast for large JPEGs, would help"
             )
-    if (why := _unwritable_cache()) is not None:
-        found.append(why)
+    if (why := why_not_kept()) is not None:
+        found.append(f"compiled programs are not kept, so that every run compiles anew: {why}")
     return found
-
-
-def _unwritable_cache() -> str | None:
-    """Why compiled programs cannot be kept for the next run, if they cannot."""
-    folder: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # it has it
-    if not folder:
-        return None
-    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            return None
-    except OSError as err:
-        return f"{folder}: compiled programs cannot be kept there ({err.strerror}), so every run compiles anew"

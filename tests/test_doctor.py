@@ -105,3 +105,18 @@ def test_surroundings_that_slow_jax_down(figures: dict, tmp_path: Path, monkeypa
     monkeypatch.setattr(doctor_module, "_ACCELERATORS", {})
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     assert "XLA_FLAGS keeps jax to one thread" in warnings_of(figures)[0]
+
+
+def test_programs_that_cannot_be_kept_are_told(figures: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (warning,) = warnings_of(figures)
+    assert f"every run compiles anew: {tmp_path / 'file' / 'probe' / 'compiled'}" in warning
+    assert "cannot be written to (Not a directory)" in warning
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "kept"))
+    assert warnings_of(figures) == []
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file"))
+    assert f"{tmp_path / 'file'} cannot be written to" in warnings_of(figures)[0]
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    assert "JAX_COMPILATION_CACHE_DIR is empty: unset it" in warnings_of(figures)[0]
