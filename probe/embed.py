@@ -254,9 +254,11 @@ def _choose(
         measure = config.num_shards == 1 and config.engine == "local"
         precision = config.precision or "auto"
         pictures = _some_pictures(config, source, examples, backbone) if measure and precision == "auto" else None
+        started = time.monotonic()
         chosen = choose(backbone, precision, config.batch_size, pictures=pictures, measure=measure)
         if chosen.why:
-            say(f"chosen for {config.out}: {chosen.why}")
+            took = f"; measured in {time.monotonic() - started:.1f} s" if measure else ""
+            say(f"chosen for {config.out}: {chosen.why}{took}")
         return chosen
     batch_size = config.batch_size or fixed["batch_size"]
     recorded = Precision.from_json(fixed.get("precision"))

@@ -1,6 +1,7 @@
 """What a new cache settles by measurement: precision and batch size, fixed in it and read by all who continue."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_a_new_cache_says_what_was_chosen_and_why(image_folder, tiny_clip, tmp_p
     told = capsys.readouterr().err
     assert f"chosen for {tmp_path / 'cache'}: " in told
     assert f"batches of {summary['batch_size']}" in told
+    assert re.search(r"; measured in \d+\.\d s$", told, re.MULTILINE)
     embed(settings(image_folder, tiny_clip, tmp_path / "cache"))
     assert "chosen for" not in capsys.readouterr().err
 
