@@ -1,7 +1,7 @@
 """What others run CLIP's vision tower with: transformers on PyTorch, and ONNX Runtime; whoever is absent is named.
 
 Every program reads the same checkpoint folder and the same pixels, normalised [B, 3, H, W] float32, uses as many
-threads, and returns the pooler output [B, D].
+threads, and returns the pooler output [B, D]. PyTorch runs on the kind of device that jax has, or not at all.
 """
 
 import contextlib
@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from probe.backbones import Backbone
 
 Run = Callable[[np.ndarray], np.ndarray]
-THREADS = os.cpu_count() or 1
+THREADS = len(os.sched_getaffinity(0))  # as many as XLA takes
 PEERS = {
     "torch": "float32",
     "torch.compile": "float32",
@@ -28,29 +29,69 @@ PEERS = {
 }
 
 
+class AbsentError(Exception):
+    """A peer that is not here, or not for the device that jax has."""
+
+
 def make_peer(name: str, folder: Path, backbone: Backbone) -> Run:
-    """The program of that name on the checkpoint in `folder`. Raises: ImportError where it is not installed."""
-    return _make_torch(name, folder) if name.startswith("torch") else _make_onnx(name, backbone)
+    """The program of that name on the checkpoint in `folder`. Raises: AbsentError, which says why."""
+    try:
+        return _make_torch(name, folder) if name.startswith("torch") else _make_onnx(name, backbone)
+    except ImportError as err:
+        raise AbsentError(str(err)) from err
+
+
+def describe_peers() -> str:
+    """Versions, devices and threads, as the programs themselves tell them."""
+    told = []
+    with contextlib.suppress(ImportError, AbsentError):
+        import torch
+
+        device = _torch_device()
+        torch.set_num_threads(THREADS)
+        told.append(f"PyTorch {torch.__version__} on {device}, {torch.get_num_threads()} threads")
+    with contextlib.suppress(ImportError):
+        import onnxruntime
+
+        if jax.default_backend() == "cpu":
+            told.append(f"ONNX Runtime {onnxruntime.__version__} on cpu, {THREADS} threads")
+    return "; ".join(told) or "none"
+
+
+def _torch_device() -> str:
+    """Raises: AbsentError where PyTorch cannot use what jax uses: a GPU is not compared with a CPU."""
+    import torch
+
+    platform = jax.default_backend()
+    if platform == "cpu":
+        return "cpu"
+    if platform == "gpu" and torch.cuda.is_available():
+        return "cuda"
+    raise AbsentError(f"ours runs on a {platform.upper()}, which this PyTorch cannot use")
 
 
 def _make_torch(name: str, folder: Path) -> Run:
     import torch
     import transformers
 
+    device = _torch_device()
     torch.set_num_threads(THREADS)
     transformers.utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
-    model = transformers.CLIPVisionModel.from_pretrained(folder, dtype=dtype).eval()
+    model = transformers.CLIPVisionModel.from_pretrained(folder, dtype=dtype).eval().to(device)
     forward = torch.compile(model, dynamic=False) if "compile" in name else model
 
     def run(pixels: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return forward(pixel_values=torch.from_numpy(pixels).to(dtype)).pooler_output.float().numpy()
+            rounded = torch.from_numpy(pixels).to(device, dtype)
+            return forward(pixel_values=rounded).pooler_output.float().cpu().numpy()
 
     return run
 
 
 def _make_onnx(name: str, backbone: Backbone) -> Run:
+    if jax.default_backend() != "cpu":
+        raise AbsentError(f"ours runs on a {jax.default_backend().upper()}, and ONNX Runtime is compared on CPUs alone")
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
