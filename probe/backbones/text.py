@@ -19,7 +19,7 @@ from flax import struct
 from jax.nn import initializers
 
 from probe.backbones.tower import check_activation, check_fields, is_count, is_number
-from probe.backbones.vit import Encoder, layer_norm
+from probe.backbones.vit import Encoder, LayerNorm
 
 _LEGACY_EOS = 2  # what CLIP's first configs say by mistake: the token that ends a text is there its highest id
 
@@ -111,7 +111,7 @@ class TextTower(nn.Module):
             raise ValueError(f"this tower takes tokens of shape [B, at most {limit}], got {tokens.shape}")
         hidden = TextEmbeddings(config, name="embeddings")(tokens)
         hidden = Encoder(config, is_causal=True, name="encoder")(hidden, train)
-        hidden = layer_norm(config, "final_layer_norm")(hidden)
+        hidden = LayerNorm(config.layer_norm_eps, name="final_layer_norm")(hidden)
         pooled = hidden[jnp.arange(len(tokens)), end_positions(tokens, config.eos_token_id)]
         if config.projection_dim is None:
             return TextOutput(last_hidden_state=hidden, pooler_output=pooled)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from probe.backbones.norms import layer_norm
 from probe.backbones.products import dense
 from probe.backbones.remat import recomputed
 from probe.backbones.tower import (
@@ -92,6 +93,19 @@ class Dense(nn.Module):
             return projected
         bias: jax.Array = self.param("bias", initializers.zeros, (self.features,))
         return projected + bias
+
+
+class LayerNorm(nn.Module):
+    """linen's LayerNorm over the last axis, with the gradients of `probe.backbones.norms`."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        scale = self.param("scale", initializers.ones, (inputs.shape[-1],))
+        bias = self.param("bias", initializers.zeros, (inputs.shape[-1],))
+        return layer_norm(inputs, scale, bias, self.epsilon)
 
 
 class PatchEmbedding(nn.Module):
@@ -220,9 +234,9 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, hidden: jax.Array, train: bool) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        normed = layer_norm(self.config, "layer_norm1")(hidden)
+        normed = LayerNorm(self.config.layer_norm_eps, name="layer_norm1")(hidden)
         hidden = hidden + SelfAttention(self.config, self.is_causal, self.dtype, name="self_attn")(normed, train)
-        normed = layer_norm(self.config, "layer_norm2")(hidden)
+        normed = LayerNorm(self.config.layer_norm_eps, name="layer_norm2")(hidden)
         return hidden + Mlp(self.config, self.dtype, name="mlp")(normed)
 
 
@@ -285,17 +299,11 @@ class VisionTower(nn.Module):
             if pixels.shape[1:] != expected:
                 raise ValueError(f"this tower takes images of {expected} (H, W, C), got {pixels.shape[1:]}")
             hidden = Embeddings(config, self.dtype, name="embeddings")(pixels)
-            hidden = layer_norm(config, "pre_layernorm")(hidden)
+            hidden = LayerNorm(config.layer_norm_eps, name="pre_layernorm")(hidden)
         hidden = Encoder(config, self.first_block, dtype=self.dtype, remat=self.remat, name="encoder")(hidden, train)
-        pooled = layer_norm(config, "post_layernorm")(hidden[:, 0])
+        pooled = LayerNorm(config.layer_norm_eps, name="post_layernorm")(hidden[:, 0])
         if config.projection_dim is None:
             return TowerOutput(last_hidden_state=hidden, pooler_output=pooled)
         std = config.hidden_size**-0.5 * config.initializer_factor
         projection = Dense(config.projection_dim, std, self.dtype, use_bias=False, name="visual_projection")
         return TowerOutput(last_hidden_state=hidden, pooler_output=pooled, projected=projection(pooled))
-
-
-def layer_norm(config: EncoderConfig, name: str) -> nn.LayerNorm:
-    """A layer norm over the last axis, as the config wants it."""
-    # E[x²] - E[x]², linen's fast variance, loses digits where means are large, and here it is no faster.
-    return nn.LayerNorm(epsilon=config.layer_norm_eps, use_fast_variance=False, name=name)
