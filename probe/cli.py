@@ -33,6 +33,7 @@ from probe import distributed, provenance
 from probe.compiled import keep_compiled_programs
 from probe.errors import ConfigError, ProbeError
 from probe.interrupt import run_interruptibly
+from probe.pages import restart_with_huge_pages
 from probe.storage import locate
 
 _Cache = (
@@ -109,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: the exit code, as the table in `probe.errors` has it.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and arguments[:1] == ["finetune"] and not {"-h", "--help"} & set(arguments):
+        restart_with_huge_pages()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a λ must not end a finished run

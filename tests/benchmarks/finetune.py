@@ -4,8 +4,9 @@
 
 CLIP ViT-B/32 of random weights, AdamW, batch 16, on what devices jax has. Peers, where torch and transformers can be
 imported: CLIPVisionModel with a linear head, fused AdamW, float32 and bfloat16 autocast, eager and compiled. Each
-program is a process of its own, and those of one group take steps in turn, so that whatever else the machine does
-slows all of them. The memory is the most that the process held while it took steps, its libraries included.
+program is a process of its own, ours with huge pages as `probe finetune` has them, and those of one group take steps in
+turn, so that whatever else the machine does slows all of them. The memory is the most that the process held while it
+took steps, its libraries included.
 
 The ratio is the best peer's median ÷ ours. The peer of a part that is trained is ours: inference where only the head
 learns, the step that trains everything where the last two blocks learn from cached activations.
@@ -14,6 +15,7 @@ learns, the step that trains everything where the last two blocks learn from cac
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -27,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from probe.pages import huge_page_environment
 
 NUM_CLASSES = 10
 NUM_UNFROZEN = 2
@@ -165,7 +169,8 @@ def measure(programs: list[tuple[str, str]], size: Size, rounds: int) -> list[Ro
     for case, program in programs:
         arguments = ["--worker", json.dumps([case, program, dataclasses.asdict(size)])]
         command = [sys.executable, "-m", "tests.benchmarks.finetune", *arguments]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, **(huge_page_environment() if program == "probe" else {})}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         processes.append(process)
         process.stdout.readline()  # one compiles while no other runs
         seconds.append([])
@@ -201,12 +206,20 @@ def describe_roofs(size: Size) -> str:
     block = 12 * width * width * tokens + 2 * tokens * tokens * width  # multiplications: dense layers, attention
     forward = 2 * size.batch_size * (size.num_layers * block + (tokens - 1) * patch * width)
     step = 3 * forward - 2 * size.batch_size * (tokens - 1) * patch * width  # images get no gradient
-    lines = [f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} processors"]
+    threads = f", {torch.get_num_threads()} threads of PyTorch" if (torch := _torch()) else ""
+    lines = [f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} processors for jax{threads}"]
     for precision in ("float32", "bfloat16"):
         rate = matmul_rate(precision)
         floors = f"floor of a step {step / rate * 1e3:.0f} ms, of inference {forward / rate * 1e3:.0f} ms"
         lines.append(f"{precision}: {step / 1e9:.0f} GFLOP a step at {rate / 1e9:.0f} GFLOP/s: {floors}")
     return "\n".join(lines)
+
+
+def _torch() -> Any:
+    """PyTorch, or None where it or transformers cannot be imported."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        return None
+    return importlib.import_module("torch")
 
 
 def main() -> None:
@@ -222,7 +235,6 @@ def main() -> None:
         return
     size = Size(2, 8) if args.quick else Size(12, 16)
     rounds = 2 if args.quick else args.rounds
-    has_peers = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     peers = ("torch",) if args.quick else ("torch", "torch.compile")
     print(
         f"ViT-B/32 with {size.num_layers} layers, batch {size.batch_size}", describe_roofs(size), sep="\n", flush=True
@@ -230,7 +242,7 @@ def main() -> None:
     table = []
     for number, group in enumerate(GROUPS):
         programs = [(case, "probe") for case in group]
-        if number < 2 and has_peers:
+        if number < 2 and _torch():
             programs += [(group[0], peer) for peer in peers]
         rows = measure(programs, size, rounds)
         for row in [with_ratio(row, rows) for row in rows]:
