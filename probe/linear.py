@@ -24,6 +24,7 @@ from probe.evaluation.metrics import describe_splits, summarize
 from probe.heads import class_logits
 from probe.machine import memory_bytes
 from probe.notebook import looks, metrics_look
+from probe.probing.beside import scikit_learn, zero_shot
 from probe.probing.convex import fit_convex
 from probe.probing.features import Features, Stream, gathered, pieces
 from probe.probing.fewer import curve_warnings, few_shot, head_warnings, learning_curve
@@ -31,9 +32,7 @@ from probe.probing.knn import fit_knn
 from probe.probing.mlp import fit_mlp
 from probe.probing.prompts import class_directions, zero_shot_head
 from probe.probing.protocol import Data, Fitted, Report, silent
-from probe.probing.reference import default_decisions
 from probe.probing.ridge import fit_ridge
-from probe.probing.scaling import Scaling
 from probe.progress import Stages, heeds_quiet
 from probe.reporting.page import report_saved_run
 from probe.splits import Splits, assign_folds, resolve_splits
@@ -259,7 +258,8 @@ def fit_data(
         "head": config.head,
         "val_is_given": data.splits.val_is_given,
         **fitted.facts,
-        **_baseline(data, fitted.view),
+        **scikit_learn(data, fitted.view),
+        **zero_shot(data),
         **extra,
         "warnings": warnings,
     }
@@ -281,6 +281,11 @@ def describe(metrics: dict[str, Any]) -> str:
         lines.append(
             f"for comparison, scikit-learn's LogisticRegression(C=1) on {baseline['split']}: "
             f"accuracy {baseline['accuracy']:.4f}, negative log-likelihood {baseline['nll']:.4f}"
+        )
+    if words := metrics.get("zero_shot"):
+        lines.append(
+            f"for comparison, zero-shot on {words['split']}: accuracy {words['accuracy']:.4f}, "
+            f"negative log-likelihood {words['nll']:.4f}"
         )
     if "solution" in metrics:
         solution = metrics["solution"]
@@ -387,30 +392,3 @@ def _answers(data: Data, fitted: Fitted) -> dict[str, tuple[np.ndarray, np.ndarr
     if fitted.test_logits is not None:
         answers["test"] = data.splits.test, fitted.test_logits
     return answers
-
-
-def _baseline(data: Data, view: str) -> dict[str, Any]:
-    """What scikit-learn gives as it comes: standardised features, C = 1, nothing chosen; {} where it cannot.
-
-    Fitted on train and validation and judged on test; without a test split, fitted on train and judged on a given
-    validation split; with neither, fitted on all folds but the first that can be left out, and judged on
-    that.
-    """
-    embeddings, splits = data.embeddings[view], data.splits
-    if data.multi_label or isinstance(embeddings, Stream):
-        return {}
-    fitted_on, judged, name = np.concatenate([splits.train, splits.val]), splits.test, "test"
-    if not len(judged):
-        fitted_on, judged, name = splits.train, splits.val, "val"
-    if not len(judged):
-        folds = data.folds[splits.train]
-        first = folds == folds[folds >= 0].min()
-        fitted_on, judged = splits.train[~first], splits.train[first]
-    scaling = Scaling.of(embeddings[fitted_on], "standard")
-    decisions = default_decisions(
-        scaling.apply(embeddings[fitted_on]), data.labels[fitted_on], scaling.apply(embeddings[judged])
-    )
-    logits = np.asarray(class_logits(jnp.asarray(decisions)))
-    figures = summarize(logits, data.labels[judged], data.class_names, full=False)
-    kept = {key: figures[key] for key in ("n", "accuracy", "accuracy_interval_95", "nll")}
-    return {"baseline": {"program": "scikit-learn LogisticRegression", "C": 1.0, "split": name, **kept}}

@@ -101,7 +101,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
                             rng.uniform(-20, 20), translate=tuple(rng.integers(-6, 7, 2).tolist()), fillcolor="white"
                         )
                         turned.save(folder / f"{index}.png")
-    embed_images(EmbedConfig(images=root / "emoji", backbone="probe-tiny", out=root / "cache", num_workers=1))
+    options = {"batch_size": 16, "precision": "float32", "num_workers": 1}
+    embed_images(EmbedConfig(images=root / "emoji", backbone="probe-tiny", out=root / "cache", **options))
     return root / "cache"
 
 
@@ -127,6 +128,25 @@ def test_at_infinite_strength_it_is_zero_shot(cache: Path, tmp_path: Path) -> No
     expected = zero_shot_head(directions, encoder.logit_scale).params["kernel"]
     expected = strength * (expected - expected.mean(axis=1, keepdims=True)) / temperature
     np.testing.assert_allclose(bundle.load(tmp_path / "run").head.params["kernel"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_zero_shot_stands_beside_the_probe(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its figures are those of `probe zero-shot` on the same rows, and the report shows them."""
+    options = ["--views", "projected", "--scalings", "l2", "--prior", "text", "--prompts", "{}", "an emoji of {}"]
+    options += ["--penalties", "0.1"]
+    code, text, _ = run(capsys, "fit-linear", cache, "--out", tmp_path / "run", *options)
+    assert code == 0
+    words = zero_shot_images(
+        ZeroShotConfig(
+            images=cache.parent / "emoji", backbone="probe-tiny", prompts=("{}", "an emoji of {}"), num_workers=1
+        )
+    )["splits"]["test"]
+    beside = json.loads((tmp_path / "run" / "metrics.json").read_text())["zero_shot"]
+    assert (beside["split"], beside["n"]) == ("test", 18)
+    assert (beside["accuracy"], beside["accuracy_interval_95"]) == (words["accuracy"], words["accuracy_interval_95"])
+    assert beside["nll"] == pytest.approx(words["nll"], rel=1e-3)
+    assert f"for comparison, zero-shot on test: accuracy {words['accuracy']:.4f}, " in text
+    assert "zero-shot, by names" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_what_the_prior_cannot_do_is_refused(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
