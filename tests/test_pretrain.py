@@ -19,7 +19,9 @@ from data.pretrain.augment import SIZE as IMAGE_SIZE
 from data.pretrain.batches import Recipe, Sampler
 from data.pretrain.captions import load_tokenizer, save_tokenizer, tokenize, train_tokenizer
 from data.pretrain.export import export
+from data.pretrain.fetch import packages
 from data.pretrain.pairs import SIZE, Concept, draw_svg, is_held_out, load_pairs, name_stem
+from data.pretrain.report import README
 from data.pretrain.report import text as report_text
 from data.pretrain.train import PROJECTION, train
 from data.pretrain.transfer import measure
@@ -144,6 +146,13 @@ def test_the_readme_of_the_model_is_what_was_measured() -> None:
     assert "| 50 | 1.500 | 25.0% | 1.0e-03 |" in lines
     assert "| seen names | 2 | 2 | 50.0% | 100.0% | 1 | 50.00% |" in lines
     assert "| digits | probe-tiny | 0.900 | 0.800 to 0.950 | 40 |" in lines
+
+
+def test_the_readme_names_every_package_with_its_author_and_licence() -> None:
+    text = README.read_text()
+    for package in packages():
+        link = f"[`{package.name}`](https://www.npmjs.com/package/{package.name}) {package.version}"
+        assert f"| {link} | {package.author} | {package.licence} |" in text
 
 
 @pytest.mark.soak

@@ -6,7 +6,7 @@ Three kinds of concept:
     icon    one named pictogram, mostly monochrome.
     glyph   a digit or a letter in one of many typefaces.
 
-A tenth of the emoji are held out by name, all variants of a name together (a running man, woman and person are one):
+12 % of the emoji are held out by name, all variants of a name together (a running man, woman and person are one):
 no design's picture of them is a training pair, nor is an icon of the same name. One design is held out whole.
 """
 

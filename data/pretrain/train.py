@@ -4,6 +4,7 @@ The dense layers multiply in bfloat16 with float32 sums. The learning rate stand
 so that a run can be made longer after the fact.
 """
 
+import functools
 import json
 import os
 import time
@@ -60,13 +61,14 @@ def _dense_in_bfloat16(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     return dense(args[0], params["kernel"], jnp.bfloat16) + params.get("bias", 0.0)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def initial_params(vision: ViTConfig, text: TextConfig, seed: int) -> dict[str, Any]:
     """{"vision": …, "text": …, "logit_scale": []}, random."""
     keys = jax.random.split(jax.random.key(seed))
     pixels = jnp.zeros((1, vision.image_size, vision.image_size, 3))
     return {
-        "vision": jax.jit(VisionTower(vision).init)(keys[0], pixels)["params"],
-        "text": jax.jit(TextTower(text).init)(keys[1], jnp.zeros((1, MAX_TOKENS), jnp.int32))["params"],
+        "vision": VisionTower(vision).init(keys[0], pixels)["params"],
+        "text": TextTower(text).init(keys[1], jnp.zeros((1, MAX_TOKENS), jnp.int32))["params"],
         "logit_scale": jnp.asarray(np.log(1 / 0.07), jnp.float32),
     }
 
@@ -76,8 +78,10 @@ def num_parameters(params: dict[str, Any]) -> dict[str, int]:
     return {tower: sum(leaf.size for leaf in jax.tree.leaves(params[tower])) for tower in ("vision", "text")}
 
 
-def make_step(vision: ViTConfig, text: TextConfig, tx: optax.GradientTransformation) -> Any:
+@functools.cache  # a run that goes on in the same process compiles nothing
+def make_step(vision: ViTConfig, text: TextConfig, weight_decay: float) -> Any:
     """The compiled step: (params, opt_state, images, tokens, rate) -> (params, opt_state, loss, accuracy)."""
+    tx = make_tx(weight_decay)
 
     def loss_fn(params: Any, images: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         pixels = (images.astype(jnp.float32) / 255 - MEAN) / STD
@@ -100,14 +104,14 @@ def make_step(vision: ViTConfig, text: TextConfig, tx: optax.GradientTransformat
     return step
 
 
-def make_tx(recipe: Recipe) -> optax.GradientTransformation:
+def make_tx(weight_decay: float) -> optax.GradientTransformation:
     """AdamW on matrices' weights, clipped; the rate is given anew at each step."""
 
     def decayed(params: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
     def adamw(learning_rate: Any) -> optax.GradientTransformation:
-        adam = optax.adamw(learning_rate, b2=0.98, weight_decay=recipe.weight_decay, mask=decayed)
+        adam = optax.adamw(learning_rate, b2=0.98, weight_decay=weight_decay, mask=decayed)
         return optax.chain(optax.clip_by_global_norm(1.0), adam)
 
     return optax.inject_hyperparams(adamw)(learning_rate=0.0)
@@ -122,9 +126,8 @@ def train(work: Path, recipe: Recipe, vision: ViTConfig = VISION, save_every: in
     """
     folder, pairs = work / "train", load_pairs(work / "pairs")
     text = text_config(load_tokenizer(work / "tokenizer").get_vocab_size())
-    tx = make_tx(recipe)
     params = initial_params(vision, text, recipe.seed)
-    state = {"params": params, "opt_state": tx.init(params), "step": 0, "seconds": 0.0}
+    state = {"params": params, "opt_state": make_tx(recipe.weight_decay).init(params), "step": 0, "seconds": 0.0}
     folder.mkdir(parents=True, exist_ok=True)
     decay_start = recipe.num_steps - recipe.decay_steps
     checkpoint, plain = folder / "checkpoint.msgpack", folder / "plain.msgpack"
@@ -132,7 +135,7 @@ def train(work: Path, recipe: Recipe, vision: ViTConfig = VISION, save_every: in
         state = serialization.from_bytes(state, checkpoint.read_bytes())
         if decay_start < state["step"] < recipe.num_steps and plain.exists():
             print("going on from the checkpoint; its rate may have begun to fall", flush=True)
-    step = make_step(vision, text, tx)
+    step = make_step(vision, text, recipe.weight_decay)
     print(f"{(~pairs.unseen).sum()} pictures; from step {state['step']} to {recipe.num_steps}", flush=True)
     params, opt_state = state["params"], state["opt_state"]
     started, before, sums = time.monotonic(), float(state["seconds"]), []
