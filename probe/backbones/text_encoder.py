@@ -44,6 +44,7 @@ class TextEncoder:
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent, which is no fault
         import transformers  # seconds to import, and only texts need it
 
         try:
