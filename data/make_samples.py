@@ -5,7 +5,8 @@
 ARCHIVES is a folder for the packages' archives (`python -m data.pretrain` keeps its own there). In the zip file:
 {train,val,test}/GROUP/NAME.png, 72 × 72 pixels, on white. All variants of a name (a running man, woman and person)
 are in one split, so that test asks about things that train does not show; those names whose pictures probe-tiny saw
-in no design are all in test, marked by `held-out` in data/samples/emoji.json.
+in no design are all in test, listed as `held_out_names` in data/samples/emoji.json. Pictures that face right are left
+out: they are the mirror images of others, under names of their own.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from data.pretrain.pairs import Concept, emoji_pictures, name_stem, read_emoji
 
 OUT = Path(__file__).with_name("samples")
 TEST_PERCENT, VAL_PERCENT = 25, 13  # of the names that are not held out
+_MIRRORED = "facing right"  # ends the name of a mirror image
 _COLOURS = 64  # of a picture's palette
 
 
@@ -50,6 +52,8 @@ def main(archives: Path) -> None:
     seen: set[bytes] = set()
     held_out = []
     for concept, picture in emoji_pictures(package, archives, read_emoji(archives)):
+        if concept.name.endswith(_MIRRORED):
+            continue
         name = re.sub(r"[^a-z0-9]+", "-", concept.name.replace("#", "hash").replace("*", "star")).strip("-")
         path = f"{split_of(concept)}/{concept.group.lower()}/{name}.png"
         if path in files:

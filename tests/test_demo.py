@@ -1,6 +1,8 @@
 """`probe demo` refuses what it would overwrite, and ends where a step fails. That it works, test_readme.py shows."""
 
+import re
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -49,4 +51,10 @@ def test_the_samples_test_names_that_train_lacks() -> None:
         assert set(classes[splits == split]) == set(classes)
     assert not set(names[splits == "test"]) & set(names[splits != "test"])
     assert len(set(files.values())) == len(files)  # no picture twice: a test image is never also trained on
+    assert not [name for name in names if name.endswith("-facing-right.png")]  # nor its mirror image
+    of_stem = defaultdict(set)
+    for split, name in zip(splits, names, strict=True):
+        of_stem[re.sub(r"\b(man|woman|person|men|women|people)\b-?", "", name)].add(split)
+    alone = {"", ".png"}  # a man, a woman and a person of whom nothing else is said are names of their own
+    assert not [stem for stem, found in of_stem.items() if len(found) > 1 and stem not in alone]
     assert demo.samples().stat().st_size < 5_000_000

@@ -61,7 +61,7 @@ def test_the_first_command_gives_the_table_that_is_shown(tmp_path: Path) -> None
         return re.sub(r"[\d,.]+", "0", re.sub(r" +", " ", line))
 
     assert list(map(masked, got)) == list(map(masked, shown))
-    # Another machine may round another way and lose a picture or two of the 625.
+    # Another machine may round another way and lose a picture or two of the 616.
     accuracies = [
         [float(line[34:].split()[0]) for line in lines if re.search(r"\d to \d", line)] for lines in (got, shown)
     ]
