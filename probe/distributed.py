@@ -21,8 +21,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
 from probe import interrupt
 from probe.errors import ConfigError, EngineError, ProbeError
 
@@ -192,6 +190,7 @@ def total(tree: Any) -> Any:
     if count() == 1:
         return tree
     import jax
+    import numpy as np
 
     from probe.devices import put_rows
 
@@ -238,6 +237,7 @@ def _sums_of_all() -> tuple[Any, Any]:
 def _greatest(value: int) -> Any:
     """The greatest of all processes' numbers, as an array that is being computed."""
     import jax
+    import numpy as np
 
     from probe.devices import put_rows
 
@@ -247,6 +247,7 @@ def _greatest(value: int) -> Any:
 
 def _exchange(message: bytes) -> list[bytes]:
     """Every process's message, in their order."""
+    import numpy as np
     from jax.experimental.multihost_utils import process_allgather
 
     lengths = process_allgather(np.array(divmod(len(message), _MOST_BYTES), np.int32))
