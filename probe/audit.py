@@ -33,9 +33,9 @@ _LISTED = 5
 def audit(config: AuditConfig) -> dict[str, Any]:
     """Looks for what is wrong, and writes audit.csv, audit.json and a page: the run's report, or audit.html.
 
-    Returns: counts by kind; findings, the surest of each kind first; pairs of classes that are hard to tell apart;
-      groups that stand in several splits; accuracy of test rows with and without those that have copies elsewhere; and
-      where all that was written.
+    Returns: counts by kind; findings, the surest of each kind first; pairs of classes that are hard to tell apart and
+      groups that stand in several splits, each a finding too; accuracy of test rows with and without those that have
+      copies elsewhere; and where all that was written.
     Raises: InputError where there is too little to look at; MismatchError if the run is not of this cache; ConfigError
       for --fix where the images are in no folder; StorageError.
     """
@@ -70,7 +70,10 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         rows = np.flatnonzero(~np.isnan(probabilities).any(axis=1) & (cache.table.labels >= 0))
         findings += _labels(cache, probabilities, rows)
         pairs = _pairs(cache, probabilities, rows)
+        findings += _hard_to_tell(cache, probabilities, rows, pairs)
         accuracy = _accuracy(cache, probabilities, rows, clusters)
+    groups = _groups(cache)
+    findings += _leaking(cache, groups)
     findings += [
         _finding(cache, "outlier", row, score / (1 + score), detail=f"{score:.1f} deviations beyond the median")
         for row, score in neighbours.outliers(distances)
@@ -82,7 +85,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         "counts": _counts(findings),
         "accuracy": accuracy,
         "pairs": pairs,
-        "groups": _groups(cache),
+        "groups": groups,
         "findings": findings,
         "notes": notes,
     }
@@ -107,6 +110,8 @@ def describe(result: dict[str, Any]) -> str:
     lines = [f"{result['num_rows']:,} images: " + (", ".join(f"{n:,} {kind}" for kind, n in result["counts"].items())
              or "nothing found")]  # fmt: skip
     for kind in result["counts"]:
+        if kind in ("classes", "group"):
+            continue  # named below, without images
         of_kind = [finding for finding in result["findings"] if finding["kind"] == kind]
         lines += [f"  {kind} {finding['score']:.2f}  {_line(finding)}" for finding in of_kind[:_LISTED]]
         if len(of_kind) > _LISTED:
@@ -253,6 +258,40 @@ def _pairs(cache: Cache, probabilities: np.ndarray, rows: np.ndarray) -> list[di
     found = labels.inseparable(probabilities[rows], cache.table.labels[rows], _MOST_PAIRS)
     names = cache.class_names
     return [{"a": names[a], "b": names[b], "area": area, "confusions": n} for a, b, area, n in found]
+
+
+def _hard_to_tell(
+    cache: Cache, probabilities: np.ndarray, rows: np.ndarray, pairs: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One finding a pair of classes: of either the row that looks most like the other. Score 0 at an area under the
+    curve of 1, 1 at that of chance."""
+    labels_of, found = cache.table.labels[rows], []
+    for pair in pairs:
+        a, b = (cache.class_names.index(pair[key]) for key in ("a", "b"))
+        odds = probabilities[rows, b] - probabilities[rows, a]
+        row = rows[np.where(labels_of == a, odds, -np.inf).argmax()]
+        other = rows[np.where(labels_of == b, -odds, -np.inf).argmax()]
+        detail = f"area under the curve {pair['area']:.3f}, {pair['confusions']:,} confusions"
+        score = min(1.0, 2 * (1 - pair["area"]))
+        found.append(_finding(cache, "classes", int(row), score, suggested=b, other=int(other), detail=detail))
+    return found
+
+
+def _leaking(cache: Cache, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One finding a group that stands in several splits: its first row in train, or else in validation, and its
+    first in what judges that."""
+    table = cache.table
+    first: dict[tuple[str, str], int] = {}
+    for row, (group, split) in enumerate(zip(table.groups.tolist(), table.splits.tolist(), strict=True)):
+        first.setdefault((group, split or "train"), row)
+    found = []
+    for one in groups:
+        other, row = sorted(one["splits"], key=lambda split: _KEEP_FIRST[split])[:: len(one["splits"]) - 1]
+        counts = ", ".join(f"{n:,} in {split}" for split, n in one["splits"].items())
+        detail = f"{display_name(one['group'])}: {counts}"
+        rows = first[one["group"], row], first[one["group"], other]
+        found.append(_finding(cache, "group", rows[0], 1.0, other=rows[1], detail=detail))
+    return found
 
 
 def _accuracy(cache: Cache, probabilities: np.ndarray, rows: np.ndarray, clusters: np.ndarray) -> dict[str, Any] | None:

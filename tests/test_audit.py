@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -247,7 +248,10 @@ def test_audit_finds_copies_and_fix_leaves_them_out(faulty, tiny_clip, tmp_path,
     with open(out / "audit.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(result["findings"])
-    assert {"exact duplicate"} <= {line["kind"] for line in lines}
+    assert {"exact duplicate", "group"} <= {line["kind"] for line in lines}
+    assert all(line["path"] and 0 <= float(line["score"]) <= 1 for line in lines)
+    (leak,) = [line for line in lines if line["kind"] == "group"]
+    assert (leak["path"], leak["other"], leak["action"]) == ("train/green/002.png", "test/green/002.png", "look")
     page = Page(out / "audit.html")
     assert_self_contained(page)
     assert "train/blue/=copy.png = test/red/000.png" in page.text
@@ -278,10 +282,29 @@ def test_the_findings_stand_in_the_report_of_the_run(faulty, tmp_path, capsys):
     assert_self_contained(page)
     assert "What may be wrong with the data" in page.text
     assert "Groups in more than one split: 1" in page.text
+    assert "group film: 1 in test, 1 in train train/green/002.png and test/green/002.png score 1.00" in page.text
     assert main(["report", str(run)]) == 0
     assert "What may be wrong with the data" in Page(run / "report.html").text
     assert main(["audit", str(faulty / "cache"), "--run", str(run)]) == 3, "an audit is replaced only when asked"
     assert main(["audit", str(faulty / "cache"), "--run", str(run), "--overwrite"]) == 0
+
+
+def test_classes_that_look_the_same_are_a_finding_with_two_images(tmp_path):
+    rng = np.random.default_rng(0)
+    labels_of = np.arange(90) % 3
+    embeddings = rng.normal(size=(90, 6)).astype(np.float32) + 9 * (labels_of == 2)[:, None]
+    write_cache(tmp_path / "cache", embeddings, labels=labels_of, class_names=("ape", "monkey", "zebra"))
+    out = tmp_path / "audit"
+    assert main(["audit", str(tmp_path / "cache"), "--out", str(out)]) == 0
+    result = json.loads((out / "audit.json").read_text())
+    (found,) = [finding for finding in result["findings"] if finding["kind"] == "classes"]
+    assert (found["label"], found["suggested"]) == ("ape", "monkey")
+    assert found["score"] == pytest.approx(min(1, 2 * (1 - result["pairs"][0]["area"])), abs=1e-4)
+    names = [os.fsdecode(name) for name in Cache.open(tmp_path / "cache").table.names]
+    assert [labels_of[names.index(found[key])] for key in ("path", "other")] == [0, 1]
+    page = Page(out / "audit.html")
+    assert "Classes that are hard to tell apart: 1" in page.text
+    assert f"ape and monkey {found['detail']} {found['path']} and {found['other']} score" in page.text
 
 
 def test_answers_of_a_run_are_taken_by_content_and_name(faulty, tmp_path):

@@ -16,6 +16,8 @@ TITLES = {
     "near duplicate": "Near duplicates",
     "lookalike": "Look alike to the backbone",
     "label": "Labels that are likely wrong",
+    "classes": "Classes that are hard to tell apart",
+    "group": "Groups in more than one split",
     "outlier": "Outliers",
 }
 
