@@ -300,6 +300,28 @@ def test_more_images_than_fit(tmp_path):
     assert len(page.all("img")) + len(page.data["thumbs"]) == result["num_thumbnails"]
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_long_names_and_sets_of_labels_do_not_break_the_limit(tmp_path, multi_label):
+    """Then the page knows fewer rows, and says how many."""
+    names = [b"test/" + "写真".encode() * 80 + b"%05d.jpg" % i for i in range(10_000)]
+    classes = tuple(f"a rather long name of the class {i:02d}" for i in range(40 if multi_label else 4))
+    answers = make_answers(10_000, classes, names=names, multi_label=multi_label)
+    run = save_run(tmp_path / "run", answers)
+    result = write_report(run)
+    assert result["bytes"] <= MAX_BYTES
+    assert 1_000 < result["num_rows"] < 10_000
+    page = Page(run / "report.html")
+    rows = page.data["rows"]
+    assert len(rows["name"]) == len(rows["label"]) == result["num_rows"]
+    wrong = [a != b for a, b in zip(rows["label"], rows["predicted"], strict=True)]
+    assert [int(one) for one in wrong] == rows["wrong"]
+    if multi_label:
+        judged = Answers.of_run(answers)
+        place = names.index(rows["name"][7].encode())
+        assert page.data["texts"][rows["label"][7]] == judged.texts[judged.label[place]]
+        assert len(page.data["texts"]) <= 2 * len(rows["name"])
+
+
 def test_reliability_bins_add_up_to_the_calibration_error():
     for multi_label in (False, True):
         answers = make_answers(500, ("a", "b", "c"), multi_label=multi_label)

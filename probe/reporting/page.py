@@ -20,7 +20,7 @@ from probe.reporting.answers import Answers, confusion_matrix, reliability, wors
 from probe.reporting.audit_page import JSON_NAME, audit_context
 from probe.reporting.charts import percent
 from probe.reporting.embedding_map import Map, Method, make_map
-from probe.reporting.rendering import render_page
+from probe.reporting.rendering import json_block, render_page
 from probe.reporting.thumbnails import Thumbnails, load_thumbnails
 from probe.sources import display_name
 from probe.sources.origin import describe_origin
@@ -29,6 +29,7 @@ from probe.storage import atomic_write_bytes
 FILE_NAME = "report.html"
 MAX_BYTES = 5_000_000
 _MAX_ROWS = 10_000  # rows that the page knows: points of the map, images of the confusion matrix
+_MAX_ROW_BYTES = 3_000_000  # and what these may take, where names are long or labels are sets
 _MAX_THUMBNAILS = 1_300  # of about 3.5 kB: more would not fit
 _NUM_MISTAKES, _NUM_HITS = 24, 12
 _NUM_CLASSES, _MATRIX_CLASSES = 100, 24
@@ -149,12 +150,20 @@ def _answers(run: Path, notes: list[str]) -> Answers | None:
 
 
 def _shown_rows(answers: Answers, always: np.ndarray) -> np.ndarray:
-    """Ascending indices of the rows that the page knows: all, or an even draw that has `always`."""
-    if len(answers) <= _MAX_ROWS:
-        return np.arange(len(answers))
+    """Ascending indices of the rows that the page knows: all, or as many as fit of an even draw that has `always`."""
     order = np.random.default_rng(0).permutation(len(answers))
-    rest = order[~np.isin(order, always)]
-    return np.sort(np.concatenate([np.unique(always), rest[: _MAX_ROWS - len(np.unique(always))]]))
+    always = np.unique(always)
+    order = np.concatenate([always, order[~np.isin(order, always)]])[:_MAX_ROWS]
+    num_fitting = np.searchsorted(np.cumsum([_num_bytes(answers, row) for row in order]), _MAX_ROW_BYTES)
+    return np.sort(order[: max(len(always), int(num_fitting))])
+
+
+def _num_bytes(answers: Answers, row: int) -> int:
+    """At most what a row takes as JSON: its name, its numbers, and where labels are sets perhaps two of its own."""
+    texts = [display_name(answers.of.names[row])]
+    if answers.of.multi_label:
+        texts += [answers.texts[answers.label[row]], answers.texts[answers.predicted[row]]]
+    return sum(len(json_block(text).encode(errors="replace")) for text in texts) + 40
 
 
 def _by_priority(answers: Answers, shown: np.ndarray, galleries: Iterable[np.ndarray]) -> list[int]:
@@ -202,12 +211,17 @@ def _map(
 
 def _data(answers: Answers, shown: np.ndarray, plane: Map | None) -> dict[str, Any]:
     """What the page's script is given: columns, one item per row that it knows."""
+    texts, label, predicted = answers.texts, answers.label[shown], answers.predicted[shown]
+    if answers.of.multi_label:  # there are as many sets as rows, if it comes to that: those of these rows
+        used, codes = np.unique(np.stack([label, predicted]), return_inverse=True)
+        texts = tuple(texts[code] for code in used)
+        label, predicted = codes.reshape(2, -1)
     return {
-        "texts": answers.texts,
+        "texts": texts,
         "rows": {
             "name": [display_name(answers.of.names[row]) for row in shown],
-            "label": answers.label[shown].tolist(),
-            "predicted": answers.predicted[shown].tolist(),
+            "label": label.tolist(),
+            "predicted": predicted.tolist(),
             "wrong": (~answers.correct[shown]).astype(int).tolist(),
             "confidence": np.round(1000 * answers.confidence[shown]).astype(int).tolist(),
             "x": None if plane is None else plane.positions[:, 0].tolist(),

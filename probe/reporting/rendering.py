@@ -57,7 +57,7 @@ def inlined(style: str, script: str) -> dict[str, Any]:
 
 def json_block(value: Any) -> Markup:
     """JSON for a script element that is only read: it cannot end the element, whatever names it holds."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)  # noqa: S704  escaped just now
