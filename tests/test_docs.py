@@ -18,6 +18,15 @@ from tests.conftest import write_image_folder
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 STAND_INS = {"openai/clip-vit-base-patch32": "probe-tiny", "microsoft/resnet-50": "resnet"}
+SAME = ["--backbone", "probe-tiny", "--batch-size", "8", "--precision", "float32"]
+READMES_STAND_INS = {
+    "openai/clip-vit-base-patch32": "probe-tiny",
+    "--backbone B": "--backbone probe-tiny --epochs 1 --batch-size 8",
+    "--cache DIR": "--cache cache",
+    "DIR": "photos",
+    "IMAGES": "photos",
+    "FORM": "safetensors",
+}
 MALICIOUS = "<img src=x onerror=alert(1)>"
 
 
@@ -114,6 +123,36 @@ def test_every_command_of_a_page_runs(page: str, desk: Path, monkeypatch: pytest
             shutil.rmtree(path)
         elif path.suffix == ".csv":
             path.unlink()
+
+
+@pytest.mark.pages
+def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those on one's own photos and on a cache, in blocks and in lines, as printed but for names that stand for others.
+
+    Elsewhere: demo, digits and the tests' command (test_readme), serve (test_serve), Slurm and Spark (test_recipes).
+    """
+    monkeypatch.chdir(tmp_path)
+    write_image_folder(tmp_path / "photos", {"train": 12, "test": 6})
+    for name, split in {"a": "train", "b": ""}.items():  # so that no two have one path
+        write_image_folder(tmp_path / f"photos-{name}", {split: 4}, seed=1)
+        assert main(["embed", f"photos-{name}", *SAME, "--out", name]) == 0
+    shutil.copytree("photos", "more-photos")
+    text = (ROOT / "README.md").read_text().partition("\n## Your own photos\n")[2]
+    found = re.findall(
+        r"^(probe [^\n]*?)(?:  [^\n]*)?$|`(probe (?:fit-linear|finetune|audit|report|export) [^`…/]*)`", text, re.M
+    )
+    lines = [" ".join((block or line).split()) for block, line in found]
+    commands = [line for line in lines if not re.search(r"--engine ray|launch|serve|> |\$", line)]
+    assert {line.split()[1] for line in commands} >= {"embed", "fit-linear", "finetune", "predict", "cache", "audit"}
+    for line in commands:
+        for printed, ours in READMES_STAND_INS.items():
+            line = line.replace(printed, ours)
+        words = shlex.split(line)
+        if words[1] in ("fit-linear", "finetune"):
+            words += ["--overwrite", "--no-report"]
+        if words[1:3] == ["cache", "import"]:
+            assert main(["cache", "export", "cache", "--single", "features.npz"]) == 0
+        assert main(words[1:]) == 0, line
 
 
 def test_the_guide_shown_is_the_guide_that_runs() -> None:
