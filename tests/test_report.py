@@ -150,6 +150,7 @@ def test_the_report_verb_gives_the_same_page(trained, tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     assert (tmp_path / "page.html").read_bytes() == before
     assert said == {
+        "schema_version": 1,
         "report": str(tmp_path / "page.html"),
         "bytes": len(before),
         "num_rows": 12,
