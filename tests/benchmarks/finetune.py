@@ -4,9 +4,9 @@
 
 CLIP ViT-B/32 of random weights, AdamW, batch 16, on what devices jax has. Peers, where torch and transformers can be
 imported: CLIPVisionModel with a linear head, fused AdamW, float32 and bfloat16 autocast, eager and compiled. Each
-program is a process of its own, ours with huge pages as `probe finetune` has them, and those of one group take steps in
-turn, so that whatever else the machine does slows all of them. The memory is the most that the process held while it
-took steps, its libraries included.
+program is a process of its own, with huge pages as `probe finetune` has them. Those of one group take two steps in
+turn, the second of which is timed, so that whatever else the machine does slows all of them; who waits is stopped. The
+memory is the most that the process held while it took steps, its libraries included.
 
 The ratio is the best peer's median ÷ ours. The peer of a part that is trained is ours: inference where only the head
 learns, the step that trains everything where the last two blocks learn from cached activations.
@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -143,8 +144,11 @@ def pytorch(case: str, size: Size, *, compiled: bool) -> Work:
 
 
 def take_steps(case: str, program: str, size: Size) -> None:
-    """A process of one program: two steps that warm up, then one for each line that it is sent; seconds are answered,
-    and at the end the most memory that it held since, in MB."""
+    """A process of one program: two steps that warm up, then two for each line that it is sent; seconds of the second
+    are answered, and at the end the most memory that it held since, in MB.
+
+    Training takes its steps one after another. Of one that comes after a pause of seconds much may be what a virtual
+    machine takes to get its memory back from its host."""
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
 
     def answer(value: float) -> None:
@@ -156,6 +160,7 @@ def take_steps(case: str, program: str, size: Size) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # forgets what it held at most, by compiling perhaps
     answer(0)
     for _ in sys.stdin:
+        work()
         started = time.perf_counter()
         work()
         answer(time.perf_counter() - started)
@@ -169,17 +174,21 @@ def measure(programs: list[tuple[str, str]], size: Size, rounds: int) -> list[Ro
     for case, program in programs:
         arguments = ["--worker", json.dumps([case, program, dataclasses.asdict(size)])]
         command = [sys.executable, "-m", "tests.benchmarks.finetune", *arguments]
-        environment = {**os.environ, **(huge_page_environment() if program == "probe" else {})}
+        environment = {**os.environ, **huge_page_environment()}
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         processes.append(process)
         process.stdout.readline()  # one compiles while no other runs
+        process.send_signal(signal.SIGSTOP)
         seconds.append([])
     for _ in range(rounds):
         for process, taken in zip(processes, seconds, strict=True):
+            process.send_signal(signal.SIGCONT)
             print("step", file=process.stdin, flush=True)
             taken.append(float(process.stdout.readline()))
+            process.send_signal(signal.SIGSTOP)
     rows = []
     for (case, program), process, taken in zip(programs, processes, seconds, strict=True):
+        process.send_signal(signal.SIGCONT)
         peak, _ = process.communicate()
         rows.append(Row(case, program, statistics.median(taken), float(peak)))
     return rows
@@ -226,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under 2 minutes")
     parser.add_argument("--json", type=Path, help="write the table here")
-    parser.add_argument("--rounds", type=int, default=9, help="steps that are timed of each program")
+    parser.add_argument("--rounds", type=int, default=5, help="steps that are timed of each program")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
