@@ -14,12 +14,12 @@ import pytest
 from probe.cli import main
 from probe.reporting.page import write_report
 from probe.sources.origin import describe_origin
+from tests.browsing import VIEWS, new_page
 from tests.conftest import write_image_folder
 from tests.runs import make_answers, save_run
 from tests.test_report import EVIL, write_odd_images
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
-VIEWS = {"light": ("light", 1200, 900), "dark": ("dark", 1200, 900), "phone": ("light", 390, 844)}
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,8 @@ def open_page(browser):
     contexts = []
 
     def open_file(path: Path, view: str = "light"):
-        scheme, width, height = VIEWS[view]
-        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": height})
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: asked.append(request.url))
+        page = new_page(browser, view, said, asked)
+        contexts.append(page.context)
         page.goto(path.as_uri())
         return page
 

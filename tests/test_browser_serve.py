@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from probe.cli import main
+from tests.browsing import VIEWS, new_page
 from tests.conftest import write_image_folder
-from tests.test_browser import VIEWS
 from tests.test_serve import Client, serving
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
@@ -58,14 +58,8 @@ def open_page(browser, client: Client, said: list[str]):
     contexts = []
 
     def open_it(view: str = "light"):
-        scheme, width, height = VIEWS[view]
-        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": height})
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: asked.append(request.url))
+        page = new_page(browser, view, said, asked)
+        contexts.append(page.context)
         page.goto(client.url)
         return page
 

@@ -21,10 +21,10 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 @functools.cache
-def environment() -> jinja2.Environment:
-    """Templates that escape everything, and fail on a name that is not there."""
+def environment(templates: Path) -> jinja2.Environment:
+    """The templates of a folder: they escape everything, and fail on a name that is not there."""
     found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader(templates),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -38,7 +38,7 @@ def render_page(name: str, context: dict[str, Any]) -> bytes:
     """A template with its style, its script and its policy. `data` of the context is what the script is given."""
     style, script = ((_TEMPLATES / name).read_text().strip() for name in ("report.css", "report.js"))
     page = (
-        environment()
+        environment(_TEMPLATES)
         .get_template(name)
         .render(**context, **inlined(style, script), data_json=json_block(context["data"]))
     )

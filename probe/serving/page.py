@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from probe.reporting.rendering import inlined, json_block
+from probe.reporting.rendering import environment, inlined, json_block
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -16,17 +14,12 @@ def render_page(context: dict[str, Any]) -> tuple[bytes, str]:
     Args:
       context: what the template shows; `data` of it is what the script is given.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     style, script = ((_TEMPLATES / f"serve.{kind}").read_text().strip() for kind in ("css", "js"))
     parts = inlined(style, script)
     policy = f"{parts['policy']}; connect-src 'self'; frame-ancestors 'none'"
-    page = environment.get_template("serve.html").render(
-        **context, style=parts["style"], script=parts["script"], data_json=json_block(context["data"])
+    page = (
+        environment(_TEMPLATES)
+        .get_template("serve.html")
+        .render(**context, style=parts["style"], script=parts["script"], data_json=json_block(context["data"]))
     )
     return page.encode(errors="replace"), policy
