@@ -97,7 +97,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         storage.atomic_write_bytes(config.fix, _manifest(cache, findings))
         result["fix"] = {"manifest": str(config.fix), "image_root": str(root), "num_rows": len(_kept(cache, findings))}
     if config.run is not None:
-        page = write_report(config.run, images=config.images, audit=out / JSON_NAME)
+        page = write_report(config.run, images=config.images, audit=out / JSON_NAME, fallback=config.cache)
         result["page"] = page["report"]
     else:
         origin = cache.origin

@@ -784,7 +784,8 @@ class ReportConfig:
     images: IfGiven[Path] = None
     """Where the images are now, if they have moved since the run was made."""
     cache: IfGiven[Path] = None
-    """Cache with the embeddings for the map, if it has moved, or if fine-tuning used none."""
+    """Cache with the embeddings for the map (if not given: what fine-tuning and zero-shot runs keep of theirs, else the
+    cache that the run was made from)."""
     map: Literal["pca", "umap"] = "pca"
     """How embeddings are laid out in the plane; umap needs the package umap-learn."""
     num_workers: IfGiven[int] = None

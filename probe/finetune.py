@@ -28,6 +28,7 @@ from probe.heads import TrainedHead
 from probe.notebook import looks, metrics_look
 from probe.probing.prompts import class_directions, zero_shot_head
 from probe.progress import heeds_quiet, say
+from probe.reporting import components
 from probe.reporting.page import report_saved_run
 from probe.sources import Columns, check_labels, display_name, open_source
 from probe.sources.origin import describe_origin
@@ -122,11 +123,15 @@ def _finetune(config: FinetuneConfig, logs: Logs) -> dict[str, Any]:
     if not seen_by_start.isdisjoint(map(bytes, images.keys[rows.val])):
         unjudged = f"{config.init} was fitted or chosen on some of these rows: start from --init probe for a figure"
     answers = {"val": (rows.val, val_logits)} if unjudged is None and val_logits is not None else {}
+    embeddings: dict[str, np.ndarray] = {}
     if len(rows.test):
-        answers["test"] = (rows.test, tuning.logits(alpha, epoch, rows.test))
+        logits, embeddings["test"] = tuning.answers(alpha, epoch, rows.test)
+        answers["test"] = (rows.test, logits)
+    elif "val" in answers:  # cross-fitted answers are of several classifiers: these are the embeddings of the one kept
+        _, embeddings["val"] = tuning.answers(alpha, epoch, rows.val)
     names, true = source.class_names, images.labels
     train_logits = tuning.logits(alpha, epoch, rows.train)
-    metrics = {
+    metrics: dict[str, Any] = {
         "splits": {
             "train": summarize(train_logits, true[rows.train], names, full=False),
             "val": {"n": len(rows.val), "accuracy": None, "nll": None, "why": unjudged},
@@ -162,7 +167,13 @@ def _finetune(config: FinetuneConfig, logs: Logs) -> dict[str, Any]:
     variables = tuning.variables(alpha, epoch)
 
     def write() -> None:
-        _save(config, loaded, backbone, start, names, variables, metrics, kept, seen, record)
+        files = {
+            "history.csv": _history_csv(metrics["history"]),
+            predictions.FILE_NAME: predictions.to_bytes(kept),
+            provenance.FILE_NAME: record,
+            **components.of_answers(kept, embeddings.__getitem__),
+        }
+        _save(config, loaded, backbone, start, names, variables, metrics, seen, files)
         tuning.end()
         logs.end(metrics)
 
@@ -327,9 +338,8 @@ def _save(
     class_names: tuple[str, ...],
     variables: tuple[dict[str, Any], dict[str, Any]],
     metrics: dict[str, Any],
-    answers: predictions.Predictions,
     seen: frozenset[bytes],
-    made: bytes,
+    files: dict[str, bytes],
 ) -> None:
     params, model_state = variables
     tuned = dataclasses.replace(backbone, variables=backbone_variables(params, model_state))
@@ -350,11 +360,7 @@ def _save(
         finetuned=changed,
         config=to_json(config),
         metrics=metrics,
-        files={
-            "history.csv": _history_csv(metrics["history"]),
-            predictions.FILE_NAME: predictions.to_bytes(answers),
-            provenance.FILE_NAME: made,
-        },
+        files=files,
         overwrite=config.overwrite,
     )
 

@@ -18,6 +18,7 @@ from probe.heads import TrainedHead, class_logits
 from probe.notebook import looks, metrics_look
 from probe.probing.prompts import class_directions, zero_shot_head
 from probe.progress import Progress, heeds_quiet, say
+from probe.reporting import components
 from probe.sources import check_labels, display_name, open_source
 from probe.sources.origin import describe_origin
 from probe.training.decoded import ImageRows
@@ -49,7 +50,7 @@ def zero_shot(config: ZeroShotConfig) -> dict[str, Any]:
     names = source.class_names
     head = zero_shot_head(class_directions(encoder, names, config.prompts), encoder.logit_scale)
     images = ImageRows.decode(source, backbone.preprocessing, num_workers=config.num_workers, on_error=config.on_error)
-    logits = _answer(backbone, head, images, config.batch_size)
+    logits, embeddings = _answer(backbone, head, images, config.batch_size)
     rows = {split: np.flatnonzero(_splits(images) == split) for split in ("train", "val", "test", "all")}
     answers = {split: (of, logits[of]) for split, of in rows.items() if len(of)}
     metrics = {
@@ -59,7 +60,7 @@ def zero_shot(config: ZeroShotConfig) -> dict[str, Any]:
         "failures": images.failures,
     }
     if config.out is not None:
-        _save(config, backbone, head, images, answers, metrics, made)
+        _save(config, backbone, head, images, answers, embeddings, metrics, made)
     return metrics
 
 
@@ -83,17 +84,18 @@ def _splits(images: ImageRows) -> np.ndarray:
     return np.where(images.splits == "", "train", images.splits)
 
 
-def _answer(backbone: Backbone, head: TrainedHead, images: ImageRows, batch_size: int) -> np.ndarray:
-    """[N, C] logits."""
+def _answer(backbone: Backbone, head: TrainedHead, images: ImageRows, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """[N, C] logits, and [N, P] embeddings."""
     embed_fn = make_embed_fn(backbone, (VIEW,))
-    parts = []
+    logits, embeddings = [], []
     with Progress("classifying", total=len(images.keys), unit="images") as progress:
         for batch in images.batches(np.arange(len(images.keys)), batch_size):
             num = int(batch.mask.sum())
-            logits = class_logits(head.apply(embed_fn(batch.inputs)[VIEW]))
-            parts.append(np.asarray(logits)[:num])
+            of_batch = embed_fn(batch.inputs)[VIEW]
+            logits.append(np.asarray(class_logits(head.apply(of_batch)))[:num])
+            embeddings.append(np.asarray(of_batch)[:num])
             progress.advance(num)
-    return np.concatenate(parts)
+    return np.concatenate(logits), np.concatenate(embeddings)
 
 
 def _save(
@@ -102,6 +104,7 @@ def _save(
     head: TrainedHead,
     images: ImageRows,
     answers: dict[str, tuple[np.ndarray, np.ndarray]],
+    embeddings: np.ndarray,
     metrics: dict[str, Any],
     made: provenance.Made,
 ) -> None:
@@ -129,6 +132,7 @@ def _save(
         files={
             predictions.FILE_NAME: predictions.to_bytes(kept),
             provenance.FILE_NAME: made.to_bytes(source=describe_origin(config.images)),
+            **components.of_answers(kept, lambda split: embeddings[named[split][0]]),
         },
         overwrite=config.overwrite,
     )

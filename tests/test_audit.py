@@ -270,17 +270,19 @@ def test_audit_finds_copies_and_fix_leaves_them_out(faulty, tiny_clip, tmp_path,
 
 
 def test_the_findings_stand_in_the_report_of_the_run(faulty, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert main(["fit-linear", str(faulty / "cache"), "--out", str(run), "--penalties", "1", "0.1"]) == 0
+    run, cache = tmp_path / "run", shutil.copytree(faulty / "cache", tmp_path / "cache")
+    assert main(["fit-linear", str(cache), "--out", str(run), "--penalties", "1", "0.1"]) == 0
     assert "What may be wrong" not in Page(run / "report.html").text
     capsys.readouterr()
-    assert main(["audit", str(faulty / "cache"), "--run", str(run)]) == 0
+    cache.rename(tmp_path / "moved")
+    assert main(["audit", str(tmp_path / "moved"), "--run", str(run)]) == 0
     said = capsys.readouterr().out
     assert "train/blue/=copy.png = test/red/000.png (across splits: train and test; under different labels)" in said
     assert "group film stands in test, train" in said
     page = Page(run / "report.html")
     assert_self_contained(page)
     assert "What may be wrong with the data" in page.text
+    assert "Map of the embeddings" in page.text, "the cache is where the audit was told"
     assert "Groups in more than one split: 1" in page.text
     assert "group film: 1 in test, 1 in train train/green/002.png and test/green/002.png score 1.00" in page.text
     assert main(["report", str(run)]) == 0

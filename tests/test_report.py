@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,12 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.spatial.distance import pdist, squareform
+from sklearn.decomposition import PCA
 
+from probe import bundle
 from probe.cli import main
-from probe.errors import InputError, MismatchError
+from probe.errors import CorruptError, InputError, MismatchError
 from probe.evaluation.metrics import summarize
+from probe.reporting import components
 from probe.reporting.answers import Answers, confusion_matrix, reliability
 from probe.reporting.charts import Series, line_chart, number
+from probe.reporting.embedding_map import STEPS, make_map
 from probe.reporting.page import MAX_BYTES, write_report
 from probe.sources.origin import describe_origin
 from tests.runs import make_answers, renamed, save_run
@@ -210,16 +216,69 @@ def test_a_page_that_cannot_be_written_costs_only_the_page(trained, tmp_path, ca
     assert "report.html: cannot write" in capsys.readouterr().err
 
 
-def test_finetune_writes_a_page_too(tiny_clip, image_folder, tmp_path):
-    out = tmp_path / "run"
-    options = ["--epochs", "2", "--batch-size", "8", "--backbone-lr", "0", "--keep", "finetuned", "--num-workers", "1"]
-    assert main(["finetune", str(image_folder), "--backbone", str(tiny_clip), *options, "--out", str(out)]) == 0
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_finetune_writes_a_page_with_a_map_of_its_own_embeddings(split, tiny_clip, image_folder, tmp_path):
+    """Without a cache, and the same again later: they are those of the classifier that was kept."""
+    out, images = tmp_path / "run", image_folder
+    if split == "val":
+        (images / "test").rename(images / "val")
+    options = ["--epochs", "2", "--batch-size", "8", "--backbone-lr", "1e-3", "--keep", "finetuned", "--wise", "off"]
+    options += ["--backbone", str(tiny_clip), "--num-workers", "1"]
+    assert main(["finetune", str(images), *options, "--out", str(out)]) == 0
     page = Page(out / "report.html")
     assert_self_contained(page)
-    for fact in ("Probe against fine-tuned", "Loss by epoch", "Give one with --cache", "probe finetune "):
+    for fact in ("Probe against fine-tuned", "Loss by epoch", "Map of the embeddings", "probe finetune "):
         assert fact in page.text, fact
-    assert page.data["rows"]["x"] is None
     assert len(page.all("img")) + len(page.data["thumbs"]) == 12
+    assert main(["report", str(out), "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_bytes() == (out / "report.html").read_bytes()
+    run, rows = bundle.load(out), page.data["rows"]
+    assert run.finetuned
+    backbone = run.load_backbone()
+    pixels = np.stack([backbone.preprocessing.apply(Image.open(images / name)) for name in rows["name"]])
+    plane = PCA(2).fit_transform(np.asarray(backbone.apply(backbone.variables, pixels).pooler_output))
+    shown = np.stack([rows["x"], rows["y"]], axis=1) / STEPS
+    # a position is a whole number of 4,095 steps
+    np.testing.assert_allclose(pdist(shown), pdist(plane) / np.ptp(plane, axis=0).max(), atol=1e-3)
+
+
+def test_few_axes_give_the_map_of_all(tmp_path):
+    """What a run keeps of its embeddings, 50 numbers each, has the plane and the shares of 300."""
+    rng = np.random.default_rng(0)
+    embeddings = (rng.normal(size=(400, 300)) * np.arange(1, 301) ** -0.7 + 5).astype(np.float32)
+    keys = rng.integers(0, 256, (400, 32)).astype(np.uint8)
+    (tmp_path / components.FILE_NAME).write_bytes(components.to_bytes(keys, embeddings))
+    kept = components.load(tmp_path)
+    assert kept.values.shape == (400, 50)
+    order = rng.permutation(400)
+    ours = make_map(kept.values[kept.rows([keys[row].tobytes() for row in order])], variance=kept.variance)
+    theirs = make_map(embeddings[order])
+    assert ours.note == theirs.note
+    assert np.allclose(pdist(ours.positions), pdist(theirs.positions), atol=3)
+    assert kept.rows([b"\0" * 32]) is None
+    assert "0 % and 0 %" in make_map(np.ones((5, 4), np.float32)).note
+    (tmp_path / components.FILE_NAME).write_bytes(b"no tensors")
+    with pytest.raises(CorruptError, match=r"map\.safetensors: damaged"):
+        components.load(tmp_path)
+
+
+def test_umap_keeps_neighbours_together():
+    pytest.importorskip("umap", reason="the extra umap is not installed")
+    rng, labels = np.random.default_rng(0), np.arange(90) % 3
+    embeddings = (rng.normal(size=(90, 16)) + 9 * np.eye(16)[labels]).astype(np.float32)
+    plane = make_map(embeddings, "umap")
+    assert plane.note.startswith("UMAP")
+    assert plane.positions.min() == 0
+    assert plane.positions.max() == STEPS
+    distances = squareform(pdist(plane.positions)) + np.diag(np.full(90, np.inf))
+    assert (labels[distances.argmin(axis=1)] == labels).all()
+
+
+def test_umap_that_is_not_installed(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    assert main(["report", str(trained / "run"), "--map", "umap", "--out", str(tmp_path / "page.html")]) == 2
+    assert "pip install 'probe-jax[umap]'" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
 
 
 def write_odd_images(root: Path, names: list[bytes]) -> np.ndarray:

@@ -82,12 +82,12 @@ def test_the_second_step_compiles_nothing(rows):
         variables["params"], tx, seed=0, model_state={"batch_stats": variables["batch_stats"]}
     )
     step, evaluate = steps.make_train_step(tiny_apply, tx), steps.make_eval_step(tiny_apply)
-    compiled = evaluate.func._cache_size()
+    compiled = steps._answer._cache_size()
     for batch in steps.padded_batches(inputs, labels, 8):
         state, _ = step(state, {}, batch)
         evaluate(state.params, {}, state.model_state, batch.inputs)
     assert step._cache_size() == 1
-    assert evaluate.func._cache_size() == compiled + 1
+    assert steps._answer._cache_size() == compiled + 1
     assert int(state.step) == 4
 
 

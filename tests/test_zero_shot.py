@@ -71,6 +71,9 @@ def test_a_run_is_judged_saved_and_classifies(
         if split == "test":
             assert said[name.decode().removeprefix("test/")] == answers.class_names[logits.argmax()]
     assert bundle.load(out).view == "projected"
+    code, text, _ = run(capsys, "report", out, "--json")
+    assert code == 0
+    assert json.loads(text)["num_points"] == metrics["splits"]["test"]["n"], "the map needs no cache"
 
 
 def test_where_no_split_is_named_all_rows_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,11 +20,12 @@ class Map:
     note: str
 
 
-def make_map(embeddings: np.ndarray, method: Method = "pca") -> Map:
+def make_map(embeddings: np.ndarray, method: Method = "pca", variance: float | None = None) -> Map:
     """Lays rows out in the plane.
 
     Args:
-      embeddings: [n, D] float32, n of at least 3.
+      embeddings: [n, D] float32, n of at least 3; or what is left of them along fewer axes, and then
+      variance: theirs, summed over the axes.
     Raises: ConfigError if UMAP is asked for and not installed.
     """
     if method == "umap":
@@ -35,8 +36,11 @@ def make_map(embeddings: np.ndarray, method: Method = "pca") -> Map:
         plane = umap.UMAP(random_state=0, n_jobs=1).fit_transform(embeddings)
         return Map(_fit(plane), "UMAP: neighbours lie together; distances between groups mean little")
     pca = PCA(2, svd_solver="randomized", random_state=0)
-    plane = pca.fit_transform(embeddings)
-    first, second = (f"{100 * share:.0f} %" for share in pca.explained_variance_ratio_)
+    if variance is None:
+        variance = float(embeddings.var(axis=0, ddof=1).sum())
+    with np.errstate(invalid="ignore"):  # where all are the same
+        plane = pca.fit_transform(embeddings)
+    first, second = (f"{100 * share / (variance or 1.0):.0f} %" for share in pca.explained_variance_)
     return Map(_fit(plane), f"the two principal components, {first} and {second} of the variance")
 
 

@@ -15,12 +15,13 @@ from probe import bundle, provenance
 from probe.cache import Cache
 from probe.errors import CorruptError, InputError, MismatchError, ProbeError
 from probe.evaluation import predictions
-from probe.reporting import advice, plots
+from probe.reporting import advice, components, plots
 from probe.reporting.answers import Answers, confusion_matrix, reliability, worst_classes
 from probe.reporting.audit_page import JSON_NAME, audit_context
 from probe.reporting.charts import percent
 from probe.reporting.embedding_map import Map, Method, make_map
-from probe.reporting.rendering import json_block, render_page
+from probe.reporting.rendering import render_page
+from probe.reporting.shown import galleries, shown_rows
 from probe.reporting.thumbnails import Thumbnails, load_thumbnails
 from probe.sources import display_name
 from probe.sources.origin import describe_origin
@@ -28,10 +29,7 @@ from probe.storage import atomic_write_bytes
 
 FILE_NAME = "report.html"
 MAX_BYTES = 5_000_000
-_MAX_ROWS = 10_000  # rows that the page knows: points of the map, images of the confusion matrix
-_MAX_ROW_BYTES = 3_000_000  # and what these may take, where names are long or labels are sets
 _MAX_THUMBNAILS = 1_300  # of about 3.5 kB: more would not fit
-_NUM_MISTAKES, _NUM_HITS = 24, 12
 _NUM_CLASSES, _MATRIX_CLASSES = 100, 24
 _SPARE_BYTES = 50_000
 
@@ -62,6 +60,7 @@ def write_report(
     method: Method = "pca",
     out: Path | None = None,
     audit: Path | None = None,
+    fallback: Path | None = None,
     num_workers: int | None = None,
 ) -> dict[str, Any]:
     """Writes the page.
@@ -72,10 +71,11 @@ def write_report(
       method: of the map.
       out: file to write; None: report.html in the run folder.
       audit: audit.json to show; None: the run folder's, if there is one.
+      fallback: a cache for the map where neither the run nor the cache that it was made from has the embeddings.
     Returns: report, the path; bytes; num_rows that the page knows, num_points on its map, num_thumbnails; notes, on
       what is missing.
-    Raises: InputError, CorruptError as `bundle.load` does; MismatchError for a cache of another backbone that was
-      asked for; StorageError.
+    Raises: InputError, CorruptError as `bundle.load` does; MismatchError for a cache that was asked for and lacks
+      images of the run; StorageError.
     """
     classifier = bundle.load(run)
     metrics, config = (json.loads((run / name).read_bytes()) for name in ("metrics.json", "config.json"))
@@ -89,9 +89,10 @@ def write_report(
     plane: Map | None = None
     mistakes = hits = np.zeros(0, np.int64)
     if answers is not None:
-        mistakes, hits = answers.mistakes(_NUM_MISTAKES), answers.doubtful_hits(_NUM_HITS)
-        shown = _shown_rows(answers, np.concatenate([mistakes, hits]))
-        plane = _map(classifier, answers, shown, made, cache, method, notes)
+        mistakes, hits = galleries(answers)
+        shown = shown_rows(answers)
+        keys = [answers.of.keys[row].tobytes() for row in shown]
+        plane = _map(run, classifier.view, keys, made, cache, fallback, method, notes)
         data = _data(answers, shown, plane)
         wanted = _by_priority(answers, shown, (mistakes, hits))[:_MAX_THUMBNAILS]
         named = {row: (answers.of.names[row], answers.of.keys[row].tobytes()) for row in wanted}
@@ -149,23 +150,6 @@ def _answers(run: Path, notes: list[str]) -> Answers | None:
     return answers
 
 
-def _shown_rows(answers: Answers, always: np.ndarray) -> np.ndarray:
-    """Ascending indices of the rows that the page knows: all, or as many as fit of an even draw that has `always`."""
-    order = np.random.default_rng(0).permutation(len(answers))
-    always = np.unique(always)
-    order = np.concatenate([always, order[~np.isin(order, always)]])[:_MAX_ROWS]
-    num_fitting = np.searchsorted(np.cumsum([_num_bytes(answers, row) for row in order]), _MAX_ROW_BYTES)
-    return np.sort(order[: max(len(always), int(num_fitting))])
-
-
-def _num_bytes(answers: Answers, row: int) -> int:
-    """At most what a row takes as JSON: its name, its numbers, and where labels are sets perhaps two of its own."""
-    texts = [display_name(answers.of.names[row])]
-    if answers.of.multi_label:
-        texts += [answers.texts[answers.label[row]], answers.texts[answers.predicted[row]]]
-    return sum(len(json_block(text).encode(errors="replace")) for text in texts) + 40
-
-
 def _by_priority(answers: Answers, shown: np.ndarray, galleries: Iterable[np.ndarray]) -> list[int]:
     """Rows in the order in which they should have pictures: galleries, mistakes, then others at random."""
     rest = np.random.default_rng(0).permutation(shown)
@@ -174,39 +158,51 @@ def _by_priority(answers: Answers, shown: np.ndarray, galleries: Iterable[np.nda
 
 
 def _map(
-    classifier: bundle.Bundle,
-    answers: Answers,
-    shown: np.ndarray,
+    run: Path,
+    view: str,
+    keys: list[bytes],
     made: dict[str, Any],
     cache: Path | None,
+    fallback: Path | None,
     method: Method,
     notes: list[str],
 ) -> Map | None:
-    """Rows that the page knows, in the plane; None where their embeddings are not to be had."""
+    """Rows that the page knows, by content key, in the plane; None where their embeddings are not to be had.
+
+    They come from the cache that was asked for; else from the run itself, whose own backbone made them; else from the
+    cache that it was made from, or the one to fall back on.
+    """
+    if len(keys) < 3:
+        return None
+    if cache is not None:
+        return make_map(_cached(cache, view, keys), method)
+    if (kept := components.load(run)) is not None and (rows := kept.rows(keys)) is not None:
+        return make_map(kept.values[rows], method, kept.variance)
     recorded = made.get("cache") or {}
-    if cache is None and not recorded:
-        notes.append("There is no map of the embeddings: no cache was used. Give one with --cache.")
-        return None
-    root = cache or Path(recorded["path"])
-    try:
-        opened = Cache.open(root)
-        if cache is None and opened.fingerprint != recorded["fingerprint"]:
-            raise MismatchError(f"{root}: another cache stands there now")
-        if classifier.view not in opened.views:
-            raise InputError(f"{root}: it has no view {classifier.view!r}")
-        row_of = {bytes(key): row for row, key in enumerate(opened.table.keys)}
-        rows = [row_of.get(answers.of.keys[row].tobytes(), -1) for row in shown]
-        if -1 in rows:
-            raise MismatchError(f"{root}: it lacks {rows.count(-1):,} of the {len(rows):,} images")
-        if len(rows) < 3:
-            return None
-        embeddings = opened.embeddings(classifier.view, np.array(rows))
-    except (InputError, MismatchError, CorruptError) as err:
-        if cache is not None:
-            raise
-        notes.append(f"There is no map of the embeddings: {err}.".replace("..", "."))
-        return None
-    return make_map(embeddings, method)
+    found = [(Path(recorded["path"]), recorded["fingerprint"])] if recorded else []
+    found += [(fallback, None)] if fallback is not None else []
+    why = "no cache was used. Give one with --cache"
+    for root, fingerprint in found:
+        try:
+            return make_map(_cached(root, view, keys, fingerprint), method)
+        except (InputError, MismatchError, CorruptError) as err:
+            why = str(err)
+    notes.append(f"There is no map of the embeddings: {why}.".replace("..", "."))
+    return None
+
+
+def _cached(root: Path, view: str, keys: list[bytes], fingerprint: str | None = None) -> np.ndarray:
+    """[n, D] embeddings of images by their content keys; fingerprint: that the cache must have, if any."""
+    opened = Cache.open(root)
+    if fingerprint not in (None, opened.fingerprint):
+        raise MismatchError(f"{root}: another cache stands there now")
+    if view not in opened.views:
+        raise InputError(f"{root}: it has no view {view!r}")
+    row_of = {bytes(key): row for row, key in enumerate(opened.table.keys)}
+    rows = [row_of.get(key, -1) for key in keys]
+    if -1 in rows:
+        raise MismatchError(f"{root}: it lacks {rows.count(-1):,} of the {len(rows):,} images")
+    return opened.embeddings(view, np.array(rows))
 
 
 def _data(answers: Answers, shown: np.ndarray, plane: Map | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from probe.backbones import Backbone, VisionTower, normalize_pixels
 from probe.heads import Classifier, TrainedHead
 from probe.images import Preprocessing
 from probe.training.augment import AugmentConfig, augment, example_keys
-from probe.training.steps import ApplyFn, Batch, Prepare
+from probe.training.steps import EMBEDDINGS, ApplyFn, Batch, Prepare
 
 
 def classifier_variables(backbone: Backbone, head: TrainedHead) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -42,8 +42,8 @@ def make_apply_fn(
 ) -> ApplyFn:
     """(params, model_state, images [B, H, W, 3] uint8, key) -> (logits [B, num_logits] float32, model_state).
 
-    In training, which is where there is a key, dropout is on where the tower has it. Products are in full
-    float32, as in `probe embed`.
+    In training, which is where there is a key, dropout is on where the tower has it. In evaluation the embeddings come
+    with the state, see `steps`. Products are in full float32, as in `probe embed`.
 
     Args:
       preprocessing: of the images; None where the classifier's backbone is the rest of a tower (see
@@ -75,7 +75,14 @@ def make_apply_fn(
         variables = {"params": params, **model_state}
         with jax.default_matmul_precision("highest"):
             if key is None:
-                return jnp.asarray(classifier.apply(variables, pixels)), model_state
+                logits, seen = classifier.apply(
+                    variables,
+                    pixels,
+                    capture_intermediates=lambda module, _: module.name == "backbone",
+                    mutable=["intermediates"],
+                )
+                (tower_output,) = seen["intermediates"]["backbone"]["__call__"]
+                return jnp.asarray(logits), {**model_state, EMBEDDINGS: tower_output.pooler_output}
             logits, state = train_fn(variables, pixels, key)
         return logits, state
 

@@ -6,7 +6,8 @@ Knows an `apply_fn`, not which mode it is in. The hinge is
 
 Head only, `params` is {"head": …}, inputs are embeddings [B, D] and the state is empty. Full, `params` is
 {"backbone": …, "head": …}, inputs are images [B, H, W, 3] uint8 and the state holds batch statistics. `key`
-feeds dropout and augmentation; it is None in evaluation, where nothing is random and the state stays.
+feeds dropout and augmentation; it is None in evaluation, where nothing is random and the state stays: there the
+full mode adds to it the embeddings [B, D] that the head was given, as `EMBEDDINGS`.
 Logits are [B, C], or [B, 1] for two classes.
 
 Only `TrainState.params` is differentiated. What is frozen comes in as `frozen`, an argument of its own of the
@@ -27,6 +28,8 @@ from flax import struct, traverse_util
 from probe.devices import fetch
 from probe.evaluation.metrics import Metrics
 from probe.heads import class_logits
+
+EMBEDDINGS = "embeddings"
 
 Params = dict[str, Any]  # nested dicts of arrays
 ApplyFn = Callable[[Params, Any, Any, jax.Array | None], tuple[jax.Array, Any]]
@@ -106,6 +109,12 @@ class EvalStep(Protocol):
     def __call__(self, params: Params, frozen: Params, model_state: Any, inputs: Any) -> jax.Array: ...
 
 
+class AnswerStep(Protocol):
+    def __call__(
+        self, params: Params, frozen: Params, model_state: Any, inputs: Any
+    ) -> tuple[jax.Array, jax.Array | None]: ...
+
+
 def make_train_step(
     apply_fn: ApplyFn,
     tx: optax.GradientTransformation,
@@ -178,15 +187,24 @@ def make_train_step(
 def make_eval_step(apply_fn: ApplyFn) -> EvalStep:
     """Compiles (params, frozen, model_state, inputs) -> logits [B, C], two classes having two columns.
 
-    Two steps of one `apply_fn` share their compilation.
+    Two steps of one `apply_fn` share their compilation, that of `make_answer_step` too.
     """
-    return functools.partial(_eval_step, apply_fn)
+    answer = make_answer_step(apply_fn)
+    return lambda params, frozen, model_state, inputs: answer(params, frozen, model_state, inputs)[0]
+
+
+def make_answer_step(apply_fn: ApplyFn) -> AnswerStep:
+    """Compiles (params, frozen, model_state, inputs) -> logits, as above, and the embeddings [B, D] that the head was
+    given, or None where `apply_fn` shows none."""
+    return functools.partial(_answer, apply_fn)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _eval_step(apply_fn: ApplyFn, params: Params, frozen: Params, model_state: Any, inputs: Any) -> jax.Array:
-    logits, _ = apply_fn(merge(params, frozen), model_state, inputs, None)
-    return class_logits(logits)
+def _answer(
+    apply_fn: ApplyFn, params: Params, frozen: Params, model_state: Any, inputs: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    logits, shown = apply_fn(merge(params, frozen), model_state, inputs, None)
+    return class_logits(logits), (shown or {}).get(EMBEDDINGS)
 
 
 def merge(params: Params, frozen: Params) -> Params:
@@ -256,9 +274,27 @@ def predict_logits(
 
     place_batch: puts a batch on devices.
     """
-    logits, labels = [], []
+
+    def logits_alone(params: Params, frozen: Params, model_state: Any, inputs: Any) -> tuple[jax.Array, None]:
+        return eval_step(params, frozen, model_state, inputs), None
+
+    logits, _, labels = predict(logits_alone, params, frozen, model_state, batches, place_batch)
+    return logits, labels
+
+
+def predict(
+    answer_step: AnswerStep,
+    params: Params,
+    frozen: Params,
+    model_state: Any,
+    batches: Iterable[Batch],
+    place_batch: Callable[[Batch], Batch] = lambda batch: batch,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Logits [N, C], embeddings [N, D] or None, both float32, and labels [N], by the same rows in the same order."""
+    parts = []
     for batch in batches:
         real = np.asarray(batch.mask)
-        logits.append(fetch(eval_step(params, frozen, model_state, place_batch(batch).inputs))[real])
-        labels.append(np.asarray(batch.labels)[real])
-    return np.concatenate(logits), np.concatenate(labels)
+        answer = fetch(answer_step(params, frozen, model_state, place_batch(batch).inputs))
+        parts.append(jax.tree.map(lambda leaf, real=real: leaf[real], (*answer, np.asarray(batch.labels))))
+    logits, embeddings, labels = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    return logits, embeddings, labels

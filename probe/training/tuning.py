@@ -43,8 +43,8 @@ class _Network:
     frozen: steps.Params
 
     @functools.cached_property
-    def eval_step(self) -> steps.EvalStep:
-        return steps.make_eval_step(self.apply_fn)
+    def answer_step(self) -> steps.AnswerStep:
+        return steps.make_answer_step(self.apply_fn)
 
 
 class Tuning:
@@ -147,6 +147,10 @@ class Tuning:
 
     def logits(self, alpha: float, epoch: int, rows: np.ndarray) -> np.ndarray:
         """Logits [n, C] of the given rows, by the weights at α between the start and an epoch's end."""
+        return self.answers(alpha, epoch, rows)[0]
+
+    def answers(self, alpha: float, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same, and the embeddings [n, D] that the head was given."""
         trained, state = self._placement.place(self._between(alpha, epoch))
         network, batches = self._evaluation(rows)
 
@@ -156,7 +160,9 @@ class Tuning:
                 yield batch
 
         variables = trained, network.frozen, state
-        return steps.predict_logits(network.eval_step, *variables, heeding(), self._placement.place_batch)[0]
+        logits, embeddings, _ = steps.predict(network.answer_step, *variables, heeding(), self._placement.place_batch)
+        assert embeddings is not None, "the full mode shows them"
+        return logits, embeddings
 
     def variables(self, alpha: float, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """All parameters and the model state, by the same, as NumPy arrays."""
