@@ -281,6 +281,21 @@ def test_umap_that_is_not_installed(trained, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("split", "solver", "known"), [("train", "ridge", True), ("val", "lbfgs", True), ("val", "ridge", False)]
+)
+def test_calibration_before_and_after_without_a_test_split(split, solver, known, tmp_path):
+    answers = renamed(make_answers(200, ("a", "b", "c")), splits=np.repeat(split, 200))
+    run = save_run(tmp_path / "run", answers, metrics={"temperature": 2.5, "solver": solver})
+    write_report(run)
+    page = Page(run / "report.html")
+    raw = reliability(Answers.of_run(renamed(answers, logits=answers.logits * np.float32(2.5))))
+    for bin in raw:
+        line = f"before temperature scaling: {bin.n} answers of confidence {100 * bin.confidence:.1f} %"
+        assert (line in page.text) == known
+    assert ("divided by the temperature 2.5" in page.text) == known
+
+
 def write_odd_images(root: Path, names: list[bytes]) -> np.ndarray:
     """[n, 32] keys of small pictures of these names."""
     keys = []

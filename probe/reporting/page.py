@@ -242,7 +242,7 @@ def _context(
     temperature = metrics.get("temperature")
     after = [] if answers is None else reliability(answers)
     before = None
-    if answers is not None and temperature and answers.split == "test":
+    if answers is not None and temperature and not _is_of_other_temperatures(metrics, answers.split):
         before = reliability(answers.at_temperature(temperature))
     versions = config.pop("versions", {})
     return {
@@ -280,6 +280,12 @@ def _judged_split(metrics: dict[str, Any], answered: str) -> str | None:
     """The split whose figures go with the answers: those of training rows out of fold stand under "val"."""
     split = "val" if answered == "train" else answered
     return split if metrics["splits"].get(split, {}).get("accuracy") is not None else None
+
+
+def _is_of_other_temperatures(metrics: dict[str, Any], answered: str) -> bool:
+    """Whether the answers were divided by others than the run's own: each half of validation rows by that which the
+    other half's choice of λ gives, which the closed form alone has."""
+    return answered == "val" and metrics.get("solver") == "ridge"
 
 
 def _figure_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
