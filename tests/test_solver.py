@@ -222,6 +222,15 @@ def test_the_tolerance_of_a_path_does_not_change_the_choice():
     assert num_same >= 10
 
 
+def test_the_first_step_ends_where_there_is_still_something_to_learn():
+    # Newton's step from zero makes the logits of 50 classes that lie apart some 50: all gradients there are flat.
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 50, 1000)
+    features = (2 * rng.standard_normal((50, 64))[labels] + rng.standard_normal((1000, 64))).astype(np.float32)
+    solution = Problem(features - features.mean(axis=0), labels, 50).fit(1e-3)
+    assert solution.converged and solution.num_iterations <= 45  # 35; with whole steps 75
+
+
 def test_weights_are_as_good_as_repeated_rows():
     features, labels = problem(3)
     times = np.arange(60) // 3 % 3  # of every class: the bias of one that has no rows would fall for ever
