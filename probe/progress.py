@@ -68,7 +68,7 @@ class Progress:
 
     def __init__(self, verb: str, *, total: int | None, unit: str) -> None:
         self._verb, self._total, self._unit = verb, total, unit
-        self._done = 0
+        self._done, self._note = 0, ""
         self._started = self._last_line = time.monotonic()
         self._num_lines = 0
         self._is_quiet = is_quiet()
@@ -81,13 +81,14 @@ class Progress:
                 TextColumn(unit),
                 _RateColumn(unit),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
                 console=console,
                 transient=True,
             )
             if console.is_terminal and not self._is_quiet
             else None
         )
-        self._task = self._bar.add_task(verb, total=total) if self._bar else None
+        self._task = self._bar.add_task(verb, total=total, note="") if self._bar else None
         self._in_cell = Bar() if in_notebook() and not self._is_quiet else None
 
     def __enter__(self) -> Self:
@@ -104,6 +105,12 @@ class Progress:
             self._in_cell.show(self._line(), self._share())
         elif kind is None and self._num_lines:  # who has seen a line sees the last one, too
             self._print_line()
+
+    def note(self, text: str) -> None:
+        """What stands beside the rate from now on, as how many have failed."""
+        self._note = text
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, note=text)
 
     def advance(self, num: int) -> None:
         """`num` more units are done."""
@@ -133,7 +140,8 @@ class Progress:
             of = f" of {self._total:,}"
             left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
             left = f", done in {seconds:.0f} s" if self._done >= self._total else left
-        return f"{self._verb}: {self._done:,}{of} {self._unit}, {rate:.1f} {self._unit}/s{left}"
+        note = f"; {self._note}" if self._note else ""
+        return f"{self._verb}: {self._done:,}{of} {self._unit}, {rate:.1f} {self._unit}/s{left}{note}"
 
 
 class Stages:

@@ -4,6 +4,7 @@ Images are decoded in worker processes while the device computes and a thread wr
 is sealed already, by an earlier run or meanwhile by another process, is not made again.
 """
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -57,6 +58,8 @@ class Share:
         self._counting = threading.Lock()  # of _num_failed, for images fail in two threads
         self._finishing: ShardInWork | None = None  # the shard before, whose last batches are being computed
         self._sealing: Future[None] | None = None  # its way to the disk
+        self._progress: Progress | None = None  # of the work under way
+        self._beside = {"workers": "", "failed": "", "sealed": ""}  # what is told beside the rate
         self.num_computed = 0
         self.run_batch: RunBatch | None = None
         self.stages: StageTimes | None = None  # where the time went, if there was anything to do
@@ -79,7 +82,7 @@ class Share:
             max_pixels=self._config.max_pixels,
             skip_keys=self._is_known,
         )
-        with Progress("embedding", total=total, unit="images") as progress, ThreadPoolExecutor(1) as disk:
+        with self._telling(total) as progress, ThreadPoolExecutor(1) as disk:
             next_number = iter(self._numbers)
             with loader:  # which ends its processes, whatever happens
                 loader.start()  # they import NumPy while the weights go to the device
@@ -122,6 +125,9 @@ class Share:
         self.num_computed += len(contents.keys)
         with stages.timed("write_s"):
             self._writer.seal(self._plan, number, contents, made_here)
+        if self._config.num_shards > 1:
+            num_sealed, num_shards = len(self._writer.sealed(self._plan)), self._writer.num_shards(self._plan)
+            self._tell(sealed=f"{num_sealed:,} of {num_shards:,} shards of all processes are sealed")
 
     def _await_sealing(self, stages: StageTimes) -> None:
         """Waits until the shard before is on the disk: a full one is heard of here, at most one shard late."""
@@ -159,12 +165,30 @@ class Share:
             stop_at_failure=self._config.on_error == "fail",
         )
         shards = ((number, [self._examples[row] for row in rows]) for number, rows in todo.items())
-        with Progress("embedding", total=sum(map(len, todo.values())), unit="images") as progress:
+        with self._telling(sum(map(len, todo.values()))) as progress:
             for receipt in workers.make(job, shards, self._writer.sweep):
-                progress.advance(receipt.num_images)
                 self.num_computed += receipt.num_computed
                 for failure in receipt.failures:
                     self._count(failure)
+                self._tell(workers=workers.describe())
+                progress.advance(receipt.num_images)
+
+    @contextlib.contextmanager
+    def _telling(self, num_images: int) -> Iterator[Progress]:
+        """Progress over so many images, with what `_tell` was told beside it."""
+        with Progress("embedding", total=num_images, unit="images") as progress:
+            self._progress = progress
+            try:
+                self._tell()
+                yield progress
+            finally:
+                self._progress = None
+
+    def _tell(self, **facts: str) -> None:
+        """Brings up to date what stands beside the rate: of the workers, of failures, of all processes on one cache."""
+        self._beside |= facts
+        if (progress := self._progress) is not None:
+            progress.note(", ".join(filter(None, self._beside.values())))
 
     def _items(self, stages: StageTimes) -> Iterator[tuple[Item, bytes | Path | ImageError]]:
         for number in self._numbers:
@@ -200,6 +224,7 @@ class Share:
         """Raises: InputError or FailedImagesError if this is one failure too many."""
         with self._counting:
             self._num_failed += 1
+            self._tell(failed=f"{self._num_failed:,} failed")
         if self._config.on_error == "fail":
             refuse(failure)
         if self._config.max_failures is not None and self._num_failed > self._config.max_failures:

@@ -25,6 +25,37 @@ def test_who_has_seen_a_line_sees_the_last_one(
     assert re.fullmatch(r"embedding: 4 of 4 images, [\d.]+ images/s, done in 0 s", lines[-1])
 
 
+def test_what_else_there_is_to_know_stands_beside_the_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", 0)
+    with Progress("embedding", total=4, unit="images") as bar:
+        bar.advance(1)
+        bar.note("2 workers, 1 failed")
+        bar.advance(1)
+    first, second, _ = capsys.readouterr().err.splitlines()
+    assert ";" not in first
+    assert re.fullmatch(r"embedding: 2 of 4 images, [\d.]+ images/s, \d+ s left; 2 workers, 1 failed", second)
+
+
+def test_several_processes_on_one_cache_tell_of_all_shards_and_of_failures(
+    image_folder: Path,
+    tiny_clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", 0)
+    sorted(image_folder.rglob("*.png"))[0].write_bytes(b"no picture")
+    options = ["--batch-size", "8", "--precision", "float32", "--shard-rows", "8", "--num-workers", "1"]
+    command = ["embed", str(image_folder), "--backbone", str(tiny_clip), "--out", str(tmp_path / "cache"), *options]
+    for index in range(2):
+        assert main([*command, "--num-shards", "2", "--shard-index", str(index)]) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embedding: 24 of 24")]
+        assert f"{3 + 3 * index} of 6 shards of all processes are sealed" in lines[-1]
+        assert ("1 failed" in lines[-1]) == (index == 0)
+
+
 def test_a_short_run_and_one_that_failed_say_nothing_more(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("embedding", total=4, unit="images") as bar:
         bar.advance(4)

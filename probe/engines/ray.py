@@ -205,6 +205,17 @@ class RayWorkers:
         """What each worker did, those that have ended too."""
         return [worker.describe() for worker in sorted(self._ended + self._workers, key=lambda worker: worker.number)]
 
+    def describe(self) -> str:
+        """All of them in a few words, for a line of progress."""
+        everyone = self._ended + self._workers
+        counts = (
+            (sum(worker.doing in ("idle", "make") for worker in self._workers), "worker", "workers"),
+            (len(self._ended), "lost", "lost"),
+            (sum(worker.num_retries for worker in everyone), "shard tried again", "shards tried again"),
+        )
+        told = [f"{num:,} {one if num == 1 else many}" for num, one, many in counts if num]
+        return ", ".join(told)
+
     def _start_one(self) -> None:
         actor = self._actor.remote()
         number = len(self._ended) + len(self._workers)
