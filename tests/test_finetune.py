@@ -225,7 +225,8 @@ def test_the_probe_is_kept_unless_fine_tuning_beats_it(config):
 
 
 def test_the_probe_takes_embeddings_from_a_cache_that_matches(config, tiny_resnet, tmp_path):
-    embed(EmbedConfig(images=config.images, backbone=config.backbone, out=tmp_path / "cache", num_workers=1))
+    made = {"precision": "float32", "batch_size": 8, "num_workers": 1}  # not what is fastest here today
+    embed(EmbedConfig(images=config.images, backbone=config.backbone, out=tmp_path / "cache", **made))
     backbone = load_backbone(config.backbone)
     images = ImageRows.decode(open_source(config.images), backbone.preprocessing, num_workers=1)
     rows = np.array([5, 0, 30])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from probe.cache import Cache
+from probe.cache import Cache, load_manifest
 from tests.loopback import alone
 from tests.test_readme import block_under
 
@@ -18,8 +18,11 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
 
-def embed_here(images: Path, backbone: Path, cache: Path) -> None:
-    command = [BIN / "probe", "embed", images, "--backbone", backbone, "--out", cache]
+def embed_here(images: Path, backbone: Path, cache: Path, *, like: Path) -> None:
+    """Embeds in one process, as the other cache was made: left to itself, it would measure what is fastest here."""
+    identity = load_manifest(like).identity
+    options = ["--precision", identity["precision"]["name"], "--batch-size", str(identity["batch_size"])]
+    command = [BIN / "probe", "embed", images, "--backbone", backbone, "--out", cache, *options]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
@@ -49,7 +52,7 @@ def test_the_slurm_array_makes_one_cache(image_folder: Path, tiny_clip: Path, tm
         for index in range(2)
     ]
     assert [task.wait() for task in tasks] == [0, 0]
-    embed_here(image_folder, tiny_clip, tmp_path / "local")
+    embed_here(image_folder, tiny_clip, tmp_path / "local", like=tmp_path / "cache")
     assert_same(tmp_path / "cache", tmp_path / "local")
 
 
@@ -100,5 +103,5 @@ def test_the_spark_job_makes_one_cache(image_folder: Path, tiny_clip: Path, tmp_
     )
     assert done.returncode == 0, done.stderr
     assert "48 images were computed" in done.stdout
-    embed_here(image_folder, tiny_clip, tmp_path / "local")
+    embed_here(image_folder, tiny_clip, tmp_path / "local", like=tmp_path / "cache")
     assert_same(tmp_path / "cache", tmp_path / "local")
