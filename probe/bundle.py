@@ -21,7 +21,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -205,6 +205,8 @@ def load(run: Path) -> Bundle:
     Raises: InputError if `run` is no run folder; CorruptError if a file is missing, damaged, or of a format
     version that this program does not know. All such files are listed at once.
     """
+    if storage.is_remote(run):
+        raise InputError(f"{run}: a run folder is read from this machine: copy it here, and give the copy")
     storage.recover_folder(run)
     if not (run / _MANIFEST).is_file():
         what = "not found" if not run.exists() else f"not a run folder: it has no {_MANIFEST}"
@@ -239,6 +241,25 @@ def load(run: Path) -> Bundle:
         preprocessor_config=json.loads((run / _PREPROCESSOR).read_bytes()),
         seen=frozenset(map(bytes, safetensors.numpy.load((run / _SEEN).read_bytes())["keys"])),
     )
+
+
+def find_ended(out: Path, config: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any] | None:
+    """What metrics.json holds, if a run stands in `out` that this very configuration made; else None.
+
+    Args:
+      ignored: options that say how a run goes, and nothing of what it comes to.
+    Raises: CorruptError as `load` does.
+    """
+    if storage.is_remote(out):
+        return None
+    storage.recover_folder(out)
+    if not (out / _MANIFEST).is_file():
+        return None
+    load(out)
+    made = json.loads((out / "config.json").read_bytes())
+    if any(made.get(option) != value for option, value in config.items() if option not in ignored):
+        return None
+    return dict(json.loads((out / "metrics.json").read_bytes()))
 
 
 def versions() -> dict[str, str]:

@@ -41,9 +41,13 @@ from probe.training.logs import Logs
 from probe.training.prefix import blocks_to_cache
 from probe.training.rates import RateOptions, make_rules
 from probe.training.start import VIEW, embed_rows, solve_head, text_head, zero_head
-from probe.training.tuning import Tuning, options_of, require_no_checkpoints
+from probe.training.tuning import Tuning, options_of, remove_leftovers, require_no_checkpoints
 
 _FAILURES_SHOWN = 20
+_MANNER = frozenset((
+    "resume", "overwrite", "json", "quiet", "num_workers", "checkpoint_every", "no_report", "fsdp", "distributed",
+    "coordinator", "num_processes", "process_id",
+))  # fmt: skip  # options that say how a run goes, and nothing of what it comes to
 
 
 @looks(metrics_look)
@@ -51,19 +55,37 @@ _FAILURES_SHOWN = 20
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Trains a classifier end to end and writes its run folder.
 
-    Of several processes all do this, and the first one writes.
+    Of several processes all do this, and the first one writes. Asked to go on with a run that has ended, it says so.
     Returns: what metrics.json holds: the figures of each split, the verdict, the history, the parts and their
       rates, and the images left out.
     Raises: ConfigError, InputError, MismatchError, NumericalError or Interrupted; no run folder is written then,
       but the checkpoints stay. EngineError if another process is lost.
     """
     with distributed.joined(config):
+        if (ended := distributed.on_first(lambda: _ended(config))) is not None:
+            return ended
         distributed.on_first(lambda: bundle.require_free(config.out, overwrite=config.overwrite))
         distributed.on_first(lambda: require_no_checkpoints(config))
         with Logs(config) as logs:
             metrics = _finetune(config, logs)
         if not config.no_report:
             distributed.on_first(lambda: report_saved_run(config.out))
+    return metrics
+
+
+def _ended(config: FinetuneConfig) -> dict[str, Any] | None:
+    """What metrics.json holds, if the run to go on with is in --out already; else None.
+
+    It is if a process died between the saving and its exit, and a parent or scheduler started all of them again.
+    """
+    if not config.resume or config.overwrite:
+        return None
+    metrics = bundle.find_ended(config.out, to_json(config), _MANNER)
+    if metrics is not None:
+        say(f"{config.out}: this run has ended; there is nothing to go on with")
+        remove_leftovers(config)
+        if not config.no_report:
+            report_saved_run(config.out)
     return metrics
 
 

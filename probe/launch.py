@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from probe import interrupt
@@ -40,6 +41,8 @@ def launch(config: LaunchConfig) -> dict[str, Any]:
       Interrupted at a signal, which the processes get as well.
     """
     command, deaths = list(config.command), list[str]()
+    out = _out(command)
+    was_free = out is not None and not out.exists()
     with interrupt.patiently("waiting for the processes to save what they have"):
         while True:
             number, code = _run(command, config.n)
@@ -56,8 +59,10 @@ def launch(config: LaunchConfig) -> dict[str, Any]:
             deaths.append(death)
             where = "from the last checkpoint" if _has_checkpoints(command) else "from the start"
             print(f"probe launch: {death}: {where}, restart {len(deaths)} of {config.max_restarts}", file=sys.stderr)
-            if _has_checkpoints(command) and "--resume" not in command:
-                command.append("--resume")
+            # A process may have died after the run was saved: what stands there by now is ours.
+            again = "--resume" if _has_checkpoints(command) else "--overwrite" if was_free else None
+            if again is not None and again not in command:
+                command.append(again)
 
 
 def describe(_result: dict[str, Any]) -> str:
@@ -147,6 +152,12 @@ def _cause(code: int) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
+
+
+def _out(command: Sequence[str]) -> Path | None:
+    """The run folder that the command names."""
+    words = [part for word in command for part in (word.split("=", 1) if word.startswith("--out=") else [word])]
+    return Path(words[words.index("--out") + 1]) if "--out" in words[:-1] else None
 
 
 def _has_checkpoints(command: Sequence[str]) -> bool:

@@ -278,6 +278,30 @@ def test_a_process_that_is_killed_costs_the_steps_since_the_last_checkpoint(
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("verb", ["finetune", "fit-linear"])
+def test_a_process_that_is_killed_once_the_run_is_saved_spoils_nothing(
+    verb: str, photos: Path, cache: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    fit_linear = ["fit-linear", str(cache / "all"), "--out", str(out)]
+    words = finetune(photos, tiny_clip, out) if verb == "finetune" else fit_linear
+    process = start_launch(words, 2, "--json")
+    wait_for(process, lambda: (out / "metrics.json").exists())
+    saved = (out / "metrics.json").read_bytes()
+    os.kill(children(process)[1], signal.SIGKILL)  # while the first one writes the report, for which it waits
+    told, err = process.communicate()
+    assert process.returncode == 0, err
+    assert json.loads(told.splitlines()[-1])["restarts"] == ["process 1 was killed by SIGKILL"]
+    assert (out / "report.html").exists()
+    if verb == "finetune":
+        assert (out / "metrics.json").read_bytes() == saved
+        assert "this run has ended; there is nothing to go on with" in err
+        assert not (tmp_path / "run.checkpoints").exists()
+    assert json.loads((out / "metrics.json").read_bytes())["splits"] == json.loads(saved)["splits"]
+
+
+@pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_any_number_of_processes_goes_on_with_what_others_saved(photos: Path, tiny_clip: Path, tmp_path: Path) -> None:
     run(finetune(photos, tiny_clip, tmp_path / "one", *LONG, "--cache-prefix", "off", "--no-report"))

@@ -377,6 +377,30 @@ def test_a_run_killed_and_stopped_goes_on_to_the_same_bits(config, tmp_path):
         assert (config.out / name).read_bytes() == (whole.out / name).read_bytes()
 
 
+def test_to_go_on_with_a_run_that_has_ended_is_to_do_nothing(config, capsys):
+    """As a scheduler asks for when a process dies between the saving and its exit."""
+    config = dataclasses.replace(config, epochs=1, checkpoint_every=1000)
+    metrics = finetune(config)
+
+    def files():
+        return {path: path.read_bytes() for path in config.out.rglob("*.[jsc]*") if path.is_file()}
+
+    before = files()
+    (config.out / "report.html").unlink()
+    leftover = config.out.with_name("run.checkpoints")
+    leftover.mkdir()
+    capsys.readouterr()
+    again = finetune(dataclasses.replace(config, resume=True, num_workers=2))
+    assert "this run has ended; there is nothing to go on with" in capsys.readouterr().err
+    assert again == json.loads(json.dumps(metrics))
+    assert describe(again) == describe(metrics)
+    assert not leftover.exists()
+    assert (config.out / "report.html").exists()
+    assert files() == before
+    with pytest.raises(InputError, match="exists already"):
+        finetune(dataclasses.replace(config, resume=True, epochs=2))
+
+
 def test_the_same_seed_gives_the_same_run(config, tmp_path):
     first, second = (finetune(dataclasses.replace(config, out=tmp_path / name, epochs=1)) for name in ("a", "b"))
     for metrics in (first, second):

@@ -170,12 +170,10 @@ class Tuning:
         return steps.merge(trained, fetch(self._frozen)), state
 
     def end(self) -> None:
-        """Removes what only a run under way needs: checkpoints, and activations that no folder was named for."""
-        shutil.rmtree(checkpoint_folder(self._config), ignore_errors=True)
+        """Removes what only a run under way needs."""
         if self._prefix is not None:
             self._prefix.close()
-        if Path(self._config.cache_prefix) != _prefix_folder(self._config):
-            remove_activations(_prefix_folder(self._config))
+        remove_leftovers(self._config)
 
     def _evaluation(self, rows: np.ndarray) -> tuple["_Network", Iterator[steps.Batch]]:
         """What answers to these rows, and the rows as it takes them."""
@@ -285,6 +283,13 @@ def checkpoint_folder(config: FinetuneConfig) -> Path:
 def _prefix_folder(config: FinetuneConfig) -> Path:
     """Where the activations stand until the run ends, if no folder was named for them."""
     return config.out.with_name(f"{config.out.name}.prefix")
+
+
+def remove_leftovers(config: FinetuneConfig) -> None:
+    """Removes the checkpoints of a run that has ended, and activations that no folder was named for."""
+    shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
+    if Path(config.cache_prefix) != _prefix_folder(config):
+        remove_activations(_prefix_folder(config))
 
 
 def require_no_checkpoints(config: FinetuneConfig) -> None:
