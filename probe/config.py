@@ -67,7 +67,7 @@ class EmbedConfig:
 
     images: Annotated[Positional[Path], arg(metavar="IMAGES")]
     """Folders root/class/* or root/{train,val,test}/class/*; a .csv, .tsv, .jsonl or .parquet manifest; .tar shards
-    in WebDataset layout; a .zip file; or what Hugging Face datasets saved."""
+    in WebDataset layout; a .zip file; or what Hugging Face datasets saved. All but the last also as s3://... or gs://..."""
     backbone: str
     """Hub id (openai/clip-vit-base-patch32, or with @revision), a local folder in Hugging Face layout, or probe-tiny,
     the small CLIP that comes with this package."""

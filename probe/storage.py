@@ -13,6 +13,7 @@ whole when its upload ends, or not at all. Such a path is a UPath, which reads a
 import contextlib
 import errno
 import hashlib
+import io
 import itertools
 import os
 import shutil
@@ -20,11 +21,12 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from probe.errors import ConfigError, InputError, StorageError
 
 PARTIAL_PREFIX = ".partial-"
+_BLOCK_BYTES = 4 << 20  # asked of a store at once, where it is read forwards
 _STALE_SECONDS = 24 * 3600  # a partial this old belongs to nobody: no shard takes a day to write
 _in_progress: set[Path] = set()  # partials of this process, for `remove_partials`
 
@@ -61,6 +63,14 @@ def locate(address: str) -> Path:
 def is_remote(path: Path) -> bool:
     """Whether a path is on an object store."""
     return hasattr(path, "fs")
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Opens a file or an object, to be read from any place in it.
+
+    Raises: OSError, and reading too, whatever a store's driver raises.
+    """
+    return io.BufferedReader(_Object(path)) if is_remote(path) else path.open("rb")
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -218,6 +228,48 @@ def sweep_partials(folder: Path, tag: str | None = None) -> None:
         with contextlib.suppress(OSError):
             if tag is not None or partial.lstat().st_mtime < oldest:
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+class _Object(io.RawIOBase):
+    """An object of a store as a file, whose errors are those of files; it is read in blocks, ahead."""
+
+    def __init__(self, path: Any) -> None:
+        self._path = path
+        with self._as_os_errors():
+            # The drivers of S3 and Google's store read on only what is still the object that was opened.
+            self._file = path.fs.open(path.path, "rb", block_size=_BLOCK_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        with self._as_os_errors():
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+    @contextlib.contextmanager
+    def _as_os_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as err:  # each driver has errors of its own
+            raise OSError(f"{self._path}: {err}") from err
 
 
 def _put_object(path: Any, data: bytes) -> None:

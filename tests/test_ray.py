@@ -47,7 +47,8 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> tuple[Path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pictures[index % 16] + b"%d" % index)  # behind its end: other bytes, the same picture
     (root / "images" / "a" / "000.jpg").write_bytes(b"no picture")
-    options = ["--backbone", str(tiny_clip), "--batch-size", "8", "--shard-rows", str(SHARD_ROWS), "--json"]
+    made = ["--batch-size", "8", "--precision", "float32", "--shard-rows", str(SHARD_ROWS)]
+    options = ["--backbone", str(tiny_clip), *made, "--json"]
     command = [str(Path(sys.executable).parent / "probe"), "embed", str(root / "images"), *options]
     subprocess.run([*command, "--out", root / "cache"], cwd=ROOT, check=True, capture_output=True)
     return root / "cache", command

@@ -5,14 +5,16 @@ the archive says. An archive that changes after it was listed gives `changed`, n
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from probe.sources.folders import IMAGE_SUFFIXES, is_hidden, label_by_folder, su
 from probe.sources.manifests import describe_images, is_metadata
 from probe.sources.rows import Columns, RowReader
 from probe.sources.source import Example, Source, Split, list_names, split_in_name
+from probe.storage import is_remote, open_file
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -37,33 +40,38 @@ class TarSource(Source):
         self,
         root: Path,
         examples: list[Example],
+        paths: Sequence[Path],
         members: dict[bytes, tuple[Path, int]],
         ignored: dict[str, int],
         multi_label: bool,
     ) -> None:
         """
         Args:
-          members: name -> tar file, offset in its (uncompressed) bytes.
+          paths: the tar files.
+          members: name -> tar file, offset in its (uncompressed) bytes; a tar file of which it holds nothing is listed
+            when an image of it is read.
         """
-        self._members = members
-        self._open: tuple[Path, tarfile.TarFile] | None = None
+        self._paths, self._members = paths, members
+        self._open: _OpenTar | None = None  # kept for the next member
         super().__init__(root, examples, multi_label=multi_label, ignored=ignored)
 
+    def opener(self) -> Callable[[], Source]:
+        paths = [path.absolute() for path in self._paths]
+        return functools.partial(TarSource, self.root.absolute(), self.examples[:1], paths, {}, {}, False)
+
     def read(self, example: Example) -> bytes:
-        path, offset = self._members[example.name]
+        path, offset = self._find(example.name)
         if offset == _NOT_A_FILE:
             raise ImageError("not-a-file", "a link, a device or a sparse member")
         if example.size > MAX_BYTES:
             raise too_many_bytes(example.size)
         try:
-            if self._open is None or self._open[0] != path:
+            if self._open is None or self._open.path != path:
                 self.close()
-                self._open = (path, tarfile.open(path))  # noqa: SIM115  # kept for the next member
-            file: Any = self._open[1].fileobj
-            if path.stat().st_mtime_ns != example.mtime_ns:
+                self._open = _OpenTar(path)
+            if self._open.mtime_ns() != example.mtime_ns:
                 raise ImageError("changed", f"{path.name} was written to after it was listed: run again")
-            file.seek(offset)
-            data: bytes = file.read(example.size)
+            data = self._open.read(offset, example.size)
         except (OSError, EOFError, tarfile.TarError, zlib.error) as err:
             raise ImageError("unreadable", f"{path.name}: {err}") from err
         if len(data) != example.size:
@@ -73,11 +81,27 @@ class TarSource(Source):
     def close(self) -> None:
         """Closes the tar file that was read last."""
         if self._open is not None:
-            self._open[1].close()
+            self._open.close()
             self._open = None
 
     def __del__(self) -> None:
         self.close()
+
+    def _find(self, name: bytes) -> tuple[Path, int]:
+        """The tar file that holds an image, and where. Raises: ImageError if none does any more."""
+        if name not in self._members:
+            for path in self._paths:
+                prefix = _prefix(self.root, path)
+                if name.startswith(prefix):
+                    try:
+                        listed = list(_list_tar(path, collections.Counter()))
+                    except InputError as err:
+                        raise ImageError("unreadable", str(err)) from err
+                    self._members = {prefix + member.name: (path, member.offset) for member in listed}
+                    break
+        if name not in self._members:
+            raise ImageError("missing", "no tar file holds it any more")
+        return self._members[name]
 
 
 def open_tars(root: Path, paths: Sequence[Path], columns: Columns, *, labelled: bool) -> TarSource:
@@ -92,7 +116,7 @@ def open_tars(root: Path, paths: Sequence[Path], columns: Columns, *, labelled: 
     members: dict[bytes, tuple[Path, int]] = {}
     ignored: collections.Counter[str] = collections.Counter()
     for path in paths:
-        prefix = b"" if path == root else os.fsencode(path.relative_to(root)) + b"/"
+        prefix = _prefix(root, path)
         status = path.stat()
         listed = list(_list_tar(path, ignored))
         split = split_in_name(os.fsdecode(prefix) or path.name)
@@ -108,7 +132,36 @@ def open_tars(root: Path, paths: Sequence[Path], columns: Columns, *, labelled: 
         members |= {example.name: (path, offsets[example.name]) for example in images}
         ignored.update(os.fsdecode(suffix_of(m.name)) for m in listed if prefix + m.name not in members)
     reader.finish(needs_path=False)
-    return TarSource(root, examples, members, ignored, reader.multi_label)
+    return TarSource(root, examples, paths, members, ignored, reader.multi_label)
+
+
+def _prefix(root: Path, path: Path) -> bytes:
+    """What stands before the names of a tar file's members."""
+    return b"" if path == root else os.fsencode(str(path.relative_to(root))) + b"/"
+
+
+class _OpenTar:
+    """A tar file that members are read from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._at_opening = path.stat().st_mtime_ns
+        with contextlib.ExitStack() as files:
+            file = files.enter_context(open_file(path))
+            tar = files.enter_context(tarfile.open(fileobj=file))
+            self._uncompressed: Any = tar.fileobj
+            self._files = files.pop_all()
+
+    def mtime_ns(self) -> int:
+        # A store is asked once: what it gives after that is of the object that was opened.
+        return self._at_opening if is_remote(self.path) else self.path.stat().st_mtime_ns
+
+    def read(self, offset: int, size: int) -> bytes:
+        self._uncompressed.seek(offset)
+        return bytes(self._uncompressed.read(size))
+
+    def close(self) -> None:
+        self._files.close()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,7 +174,10 @@ class _Member:
 
 def _list_tar(path: Path, ignored: collections.Counter[str]) -> Iterator[_Member]:
     try:
-        with tarfile.open(path, encoding="utf-8", errors="surrogateescape") as tar:
+        with (
+            open_file(path) as file,
+            tarfile.open(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar,
+        ):
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
                 name = member.name.encode("utf-8", "surrogateescape")
@@ -231,7 +287,7 @@ def open_zip(path: Path, columns: Columns, *, labelled: bool) -> ZipSource:
     Raises: InputError: a damaged zip file, or as for folders.
     """
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(open_file(path) if is_remote(path) else path)
         infos = archive.infolist()
     except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile) as err:
         raise InputError(f"{path}: not a whole zip file: {err}") from err

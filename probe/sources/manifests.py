@@ -12,40 +12,61 @@ from probe.errors import InputError
 from probe.sources.folders import FileSource, Listed, join, label_by_folder, split_of_folder
 from probe.sources.rows import TABLE_SUFFIXES, Columns, Record, RowReader, read_rows
 from probe.sources.source import Example, list_names
+from probe.storage import open_file
 
 _METADATA = {f"metadata{suffix}".encode(): suffix for suffix in TABLE_SUFFIXES}
 
 
-def open_manifest(path: Path, columns: Columns, *, image_root: Path | None = None, labelled: bool = True) -> FileSource:
-    """The images that a table names, by paths relative to `image_root` (None: to the folder the table is in).
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a table says, before anything was looked for."""
 
-    Raises: InputError listing the rows that name no file, a file twice, or what cannot be understood.
-    """
-    root = image_root or path.parent
-    base = os.fsencode(root)
+    path: Path
+    reader: RowReader
+    records: dict[bytes, tuple[str, Record]]  # path of an image -> where it stands in the table, what is said of it
+
+    def example(self, name: bytes, size: int, mtime_ns: int, *, labelled: bool) -> Example:
+        """An image of it that is there."""
+        record = self.records[name][1]
+        return Example(name, record.labels if labelled else (), record.split, record.group, size, mtime_ns)
+
+
+def read_manifest(path: Path, columns: Columns) -> Manifest:
+    """Reads a table whose rows name images; what is wrong with it is kept in `reader` until somebody finishes that."""
     reader = RowReader(str(path), columns)
-    examples = []
-    lines: dict[bytes, str] = {}  # path -> where it first stood
-    with path.open("rb") as file:
+    records: dict[bytes, tuple[str, Record]] = {}
+    with open_file(path) as file:
         for where, row in read_rows(reader, path.suffix.lower(), file):
             record = reader.read(where, row)
             if record.path is None:
                 reader.problems.append(f"{where}: no path")
-                continue
-            if (first := lines.setdefault(record.path, where)) is not where:
-                reader.problems.append(f"{where}: {list_names([record.path])} stood in {first} already")
-            try:
-                status = os.stat(join(base, record.path))  # noqa: PTH116  # bytes
-                size, mtime_ns = status.st_size, status.st_mtime_ns
-                if stat.S_ISDIR(status.st_mode):
-                    reader.problems.append(f"{where}: {list_names([record.path])} is a folder")
-            except (FileNotFoundError, NotADirectoryError, ValueError):
-                reader.problems.append(f"{where}: there is no file {list_names([record.path])}")
-                continue
-            except OSError:  # a link to itself, a folder that may not be searched: it fails when it is read
-                size = mtime_ns = 0
-            labels = record.labels if labelled else ()
-            examples.append(Example(record.path, labels, record.split, record.group, size, mtime_ns))
+            elif record.path in records:
+                name, first = list_names([record.path]), records[record.path][0]
+                reader.problems.append(f"{where}: {name} stood in {first} already")
+            else:
+                records[record.path] = where, record
+    return Manifest(path, reader, records)
+
+
+def open_manifest(manifest: Manifest, root: Path, *, labelled: bool = True) -> FileSource:
+    """The image files that a table names, by paths relative to `root`.
+
+    Raises: InputError listing the rows that name no file, a file twice, or what cannot be understood.
+    """
+    base, reader = os.fsencode(root), manifest.reader
+    examples = []
+    for name, (where, _) in manifest.records.items():
+        try:
+            status = os.stat(join(base, name))  # noqa: PTH116  # bytes
+            size, mtime_ns = status.st_size, status.st_mtime_ns
+            if stat.S_ISDIR(status.st_mode):
+                reader.problems.append(f"{where}: {list_names([name])} is a folder")
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            reader.problems.append(f"{where}: there is no file {list_names([name])}")
+            continue
+        except OSError:  # a link to itself, a folder that may not be searched: it fails when it is read
+            size = mtime_ns = 0
+        examples.append(manifest.example(name, size, mtime_ns, labelled=labelled))
     reader.finish(needs_path=True)
     examples.sort(key=lambda example: example.name)
     return FileSource(root, examples, multi_label=labelled and reader.multi_label)

@@ -10,6 +10,7 @@ from probe.images import ImageError
 from probe.sources.folders import join
 from probe.sources.opening import open_source
 from probe.sources.source import Example, Source
+from probe.storage import is_remote
 
 
 class JoinedSource(Source):
@@ -26,11 +27,12 @@ class JoinedSource(Source):
         for given, source in sources:
             is_image = given == source.root / os.fsdecode(source.examples[0].name)
             for example in source.examples:
-                path = os.fsencode(given) if is_image else join(os.fsencode(given), example.name)
+                path = os.fsencode(str(given)) if is_image else join(os.fsencode(str(given)), example.name)
                 named = dataclasses.replace(example, name=path)
                 examples.append(named)
                 self._origins[named.name] = source, example
-        super().__init__(Path(os.path.commonpath([given.absolute() for given, _ in sources])), examples)
+        roots = [given.absolute() for given, _ in sources]
+        super().__init__(roots[0] if any(map(is_remote, roots)) else Path(os.path.commonpath(roots)), examples)
 
     def read(self, example: Example) -> bytes:
         source, original = self._origins[example.name]

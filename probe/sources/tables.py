@@ -15,6 +15,7 @@ from probe.errors import InputError
 from probe.images import MAX_BYTES, ImageError, read_image_file, too_many_bytes
 from probe.sources.rows import Columns, RowReader, class_label_names, hugging_face_features, import_pyarrow
 from probe.sources.source import SPLITS, Example, Source, Split, list_names, split_in_name
+from probe.storage import is_remote, open_file
 
 _ROWS_AT_ONCE = 16  # images that are decompressed together
 _TABLE_ERRORS = (OSError, ValueError, TypeError, RuntimeError, KeyError)  # pyarrow's own are among these
@@ -42,9 +43,9 @@ class TableSource(Source):
         # The column of the images is named by Columns.path, and no other path is looked for.
         reader = RowReader(str(root), dataclasses.replace(columns, path=None))
         for index, table in enumerate(tables):
-            mtime_ns = table.path.stat().st_mtime_ns
             try:
                 rows = _Rows.open(table.path)
+                mtime_ns = rows.mtime_ns()
                 image_column = find_image_column(rows.schema, columns)
                 if image_column is None:
                     raise InputError(f"{table.path}: no column of images; there are {list_names(rows.schema.names)}")
@@ -68,13 +69,15 @@ class TableSource(Source):
         index, number = self._places[example.name]
         rows, column = self._files[index], self._image_columns[index]
         try:
-            if rows.path.stat().st_mtime_ns != example.mtime_ns:
+            if rows.mtime_ns() != example.mtime_ns:
                 raise ImageError("changed", f"{rows.path.name} was written to after it was listed: run again")
             value = self._seek(index, number)[column]
         except _TABLE_ERRORS as err:
             self._cursor = None
             raise ImageError("unreadable", f"{rows.path.name}: {err}") from err
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if data is None and path and is_remote(rows.path):
+            raise ImageError("unreadable", "the row names a file, which is read for tables of this machine alone")
         if data is None and path:
             return read_image_file(rows.path.parent / str(path))[0]
         if not isinstance(data, bytes):
@@ -104,17 +107,22 @@ class _Rows:
     schema: Any
     parquet: Any | None  # ParquetFile
     arrow: Any | None  # memory-mapped Table
+    at_opening: int  # mtime_ns
 
     @classmethod
     def open(cls, path: Path) -> "_Rows":
-        pyarrow = import_pyarrow()
+        pyarrow, at_opening = import_pyarrow(), path.stat().st_mtime_ns
         if path.suffix == ".parquet":
             # row groups may be as large as the file: read them piece by piece
-            file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-            return cls(path, file.schema_arrow, file, None)
+            file = pyarrow.parquet.ParquetFile(_openable(path), pre_buffer=False, buffer_size=1 << 20)
+            return cls(path, file.schema_arrow, file, None, at_opening)
         mapped = pyarrow.memory_map(os.fspath(path))
         table = pyarrow.ipc.open_stream(mapped).read_all()
-        return cls(path, table.schema, None, table)
+        return cls(path, table.schema, None, table, at_opening)
+
+    def mtime_ns(self) -> int:
+        # A store is asked once: what it gives after that is of the object that was opened.
+        return self.at_opening if is_remote(self.path) else self.path.stat().st_mtime_ns
 
     def read(self, columns: list[str], start: int, at_once: int) -> Iterator[dict[str, Any]]:
         if self.arrow is not None:
@@ -130,6 +138,11 @@ class _Rows:
                 if skip < batch.num_rows:
                     yield from _row_dicts(batch.slice(skip))
                 skip = max(0, skip - batch.num_rows)
+
+
+def _openable(path: Path) -> Any:
+    """A path as pyarrow takes it."""
+    return open_file(path) if is_remote(path) else path
 
 
 def _row_dicts(batch: Any) -> Iterator[dict[str, Any]]:
@@ -161,7 +174,7 @@ def _holds_bytes(pyarrow: Any, schema: Any, column: str) -> bool:
 def parquet_holds_images(path: Path, columns: Columns) -> bool:
     """Whether a Parquet file holds images, and is not a manifest of paths. Raises: InputError if damaged."""
     try:
-        return find_image_column(import_pyarrow().parquet.read_schema(path), columns) is not None
+        return find_image_column(import_pyarrow().parquet.read_schema(_openable(path)), columns) is not None
     except _TABLE_ERRORS as err:
         raise InputError(f"{path}: cannot be read: {err}") from err
 
@@ -170,7 +183,7 @@ def open_parquets(root: Path, paths: Sequence[Path], columns: Columns, *, labell
     """Opens Parquet files that hold images; the split is in the file's name where no column says it."""
     tables = []
     for path in paths:
-        inside = os.fsencode(path.relative_to(root)) + b"/" if path != root else b""
+        inside = os.fsencode(str(path.relative_to(root))) + b"/" if path != root else b""
         tables.append(Table(path, inside, split_in_name(os.fsdecode(inside) or path.name)))
     return TableSource(root, tables, columns, labelled=labelled)
 
