@@ -126,6 +126,9 @@ class EmbedConfig:
     """Ray: workers at once (if not given: one a node, or as many as --gpus-per-worker leaves room for)."""
     gpus_per_worker: IfGiven[float] = None
     """Ray: GPUs, or a share of one, that each worker has to itself (if not given: none)."""
+    decode_actors: IfGiven[int] = None
+    """Ray: actors of one CPU that decode for each worker, on any host of the cluster (if not given: none, and a worker
+    decodes on the CPUs beside it). For GPUs whose own hosts have too few CPUs to keep them busy."""
     quiet: Flag = False
     """No progress on stderr; errors and images that cannot be read are still told."""
     json: Flag = False
@@ -136,11 +139,13 @@ class EmbedConfig:
             _require(self.num_shards == 1, "num-shards", "left out with --engine ray", self.num_shards)
             _require(not self.dry_run, "dry-run", "left out with --engine ray", self.dry_run)
         else:
-            for option in ("ray_address", "workers", "gpus_per_worker"):
+            for option in ("ray_address", "workers", "gpus_per_worker", "decode_actors"):
                 value = getattr(self, option)
                 _require(value is None, option.replace("_", "-"), "left out without --engine ray", value)
         if self.workers is not None:
             _require(self.workers >= 1, "workers", "at least 1", self.workers)
+        if self.decode_actors is not None:
+            _require(self.decode_actors >= 1, "decode-actors", "at least 1", self.decode_actors)
         if self.gpus_per_worker is not None:
             _positive("gpus-per-worker", self.gpus_per_worker)
         if self.batch_size is not None:

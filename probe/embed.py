@@ -186,7 +186,12 @@ def _workers(config: EmbedConfig) -> "contextlib.AbstractContextManager[RayWorke
         return contextlib.nullcontext()
     from probe.engines.ray import RayWorkers
 
-    return RayWorkers(address=config.ray_address, num_workers=config.workers, gpus_per_worker=config.gpus_per_worker)
+    return RayWorkers(
+        address=config.ray_address,
+        num_workers=config.workers,
+        gpus_per_worker=config.gpus_per_worker,
+        num_decoders=config.decode_actors,
+    )
 
 
 def _decode_rule(config: EmbedConfig) -> Literal["exact", "fast"]:

@@ -1,4 +1,4 @@
-"""What test_ray.py has done to a cluster, in a process of its own: python -m tests.ray_faults lost_node|bad_shard …"""
+"""What test_ray.py has done to a cluster, in a process of its own: python -m tests.ray_faults NAME …"""
 
 import os
 import signal
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
+from probe import progress
+from probe.cli import main
 from probe.embedding import Device
 from probe.engines.ray import RayWorkers
 from probe.engines.worker import Job, Place, Receipt
@@ -58,6 +60,24 @@ def bad_shard() -> int:
     return 0
 
 
+def few_cpus() -> int:
+    """Prints what is said where decode actors would never find room."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        RayWorkers(address=cluster.address, num_workers=1, num_decoders=2)
+    except EngineError as err:
+        print(err)
+    cluster.shutdown()
+    return 0
+
+
+def talkative(*command: str) -> int:
+    """Runs a command that tells of its progress whenever there is some."""
+    progress._PLAIN_SECONDS = 0
+    return main(command)
+
+
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
-    sys.exit({"lost_node": lost_node, "bad_shard": bad_shard}[what](*arguments))
+    parts = {"lost_node": lost_node, "bad_shard": bad_shard, "few_cpus": few_cpus, "talkative": talkative}
+    sys.exit(parts[what](*arguments))

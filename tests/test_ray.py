@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,48 @@ def test_workers_and_a_driver_killed_while_they_work_change_no_byte(
     assert files_of(cache) == files_of(local)
 
 
+def test_decode_actors_feed_a_worker_and_may_die(
+    job: tuple[Path, list[str]], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Of its last option, --shard-rows, a shard gets several blocks of images, which several actors decode."""
+    _, command = job
+    command = [*command, "--shard-rows", "64"]
+    subprocess.run([*command, "--out", str(tmp_path / "local")], cwd=ROOT, check=True, capture_output=True)
+    options = ["--engine", "ray", "--workers", "1", "--decode-actors", "2", "--num-workers", "1"]
+    script = [sys.executable, "-m", "tests.ray_faults", "talkative", *command[1:], "--out", str(tmp_path / "cache")]
+    driver = subprocess.Popen(
+        alone(*script, *options), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    killed: list[int] = []
+    while driver.poll() is None:
+        decoding = [pid for pid, line in descendants(driver.pid).items() if line.startswith("ray::Decoder.decode")]
+        if decoding and len(killed) < 3:
+            killed.append(decoding[len(killed) % len(decoding)])
+            os.kill(killed[-1], signal.SIGKILL)
+            time.sleep(0.5)
+        time.sleep(0.02)
+    output, errors = driver.communicate()
+    assert driver.returncode == 0, errors
+    assert len(killed) == 3
+    assert files_of(tmp_path / "cache") == files_of(tmp_path / "local")
+    (worker,) = json.loads(output)["workers"]
+    assert (worker["num_shards"], worker["num_images"], worker["ended"]) == (5, 319, "")
+    assert (worker["num_failed"], worker["num_retries"]) == (1, 0)
+    last = [line for line in errors.splitlines() if line.startswith("embedding: ")][-1]
+    assert re.match(r"embedding: 319 of 319 images, [\d.]+ images/s, done in \d+ s; 1 worker, 1 failed", last), last
+
+
+def test_decode_actors_without_room_are_refused(environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        alone(sys.executable, "-m", "tests.ray_faults", "few_cpus"),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "the cluster has 2 CPUs, and 1 workers with 2 decode actors each want 3" in done.stdout, done.stderr
+
+
 def test_a_node_that_dies_costs_the_shards_in_its_hands(
     job: tuple[Path, list[str]], environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -156,5 +199,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     options = {"images": tmp_path, "backbone": "b", "out": tmp_path / "cache"}
     with pytest.raises(ConfigError, match="--workers must be left out without --engine ray, got 2"):
         EmbedConfig(**options, workers=2)
+    with pytest.raises(ConfigError, match="--decode-actors must be left out without --engine ray, got 2"):
+        EmbedConfig(**options, decode_actors=2)
     with pytest.raises(ConfigError, match="--num-shards must be left out with --engine ray, got 3"):
         EmbedConfig(**options, engine="ray", num_shards=3)

@@ -7,12 +7,18 @@ the shard in its hands, which another one makes; a driver that dies is started a
 A worker has one shard in its hands at a time: memory is bounded by the number of workers, and a death tells which
 shard it may have been the fault of.
 
+Where asked for, actors that need no device decode for a worker, on any host, and send it pixels through the object
+store: a few blocks each, no more than the worker has room for. They are the worker's own and end with it; one that dies
+is started anew by Ray, which has it decode again what had not arrived.
+
 The only importer of ray.
 """
 
 import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
 import os
 import sys
 import time
@@ -21,16 +27,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 from probe import interrupt
-from probe.embedding import Device
-from probe.engines.worker import Job, Place, Receipt, ShardWorker
+from probe.embedding import Device, Item
+from probe.engines.worker import Job, LocalFeed, Place, Receipt, ShardWorker
 from probe.errors import ConfigError, EngineError, ProbeError, StorageError
+from probe.images import LoadedImage, Preprocessing
 from probe.sources import Example, display_name
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anyone
 
 try:
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 except ImportError as missing:
     raise ConfigError("--engine ray needs Ray: pip install 'probe-jax[ray]'") from missing
 
@@ -38,7 +45,10 @@ _ATTEMPTS = 4  # at one shard, all but the first behind the others, before it is
 _START_ATTEMPTS = 3  # per worker asked for, one after another without a single success
 _PATIENCE_SECONDS = 600.0  # without any worker, before the cluster is said to have no room
 _POLL_SECONDS = 0.5  # how late an interruption is noticed
-_OBJECT_STORE_BYTES = 100 << 20  # of a cluster of our own: only lists of names travel
+_OBJECT_STORE_BYTES = 100 << 20  # of a cluster of our own, beside blocks of pixels: only lists of names travel
+_BLOCK_IMAGES = 16  # that a decode actor sends at once: 2.4 MB of 224 x 224
+_BLOCKS_AHEAD = 2  # of each decode actor: it decodes one while the other is fetched or waits
+_BLOCK_BYTES = 16 << 20  # of the object store, for each of these
 
 Shard = tuple[int, Sequence[Example]]  # its number, and the images that it is made from
 Sweep = Callable[[str], None]
@@ -96,6 +106,62 @@ class _Worker:
         }
 
 
+class Decoder:
+    """An actor that decodes for a worker elsewhere: it needs CPUs only."""
+
+    def __init__(self, job: Job, preprocessing: Preprocessing) -> None:
+        self._job, self._preprocessing = job, preprocessing
+        self._feed: LocalFeed | None = None
+
+    def decode(self, number: int, examples: Sequence[Example]) -> list[LoadedImage[Item]]:
+        """These images of shard `number`; none: makes ready. Raises: InputError if this host does not see them."""
+        if self._feed is None:
+            self._feed = LocalFeed(self._job, self._preprocessing)
+        return list(self._feed.images(number, examples))
+
+
+class RemoteFeed:
+    """Images that decode actors send, in order; a `Feed` for a worker that is an actor itself."""
+
+    def __init__(self, num_decoders: int, job: Job, preprocessing: Preprocessing) -> None:
+        """Starts the actors. Raises: EngineError if the cluster has no room for them; what opening the images does."""
+        actor = ray.remote(Decoder).options(
+            num_cpus=1, max_restarts=-1, max_task_retries=_ATTEMPTS - 1, scheduling_strategy="SPREAD"
+        )
+        self._decoders = [actor.remote(job, preprocessing) for _ in range(num_decoders)]
+        for ready in [decoder.decode.remote(0, []) for decoder in self._decoders]:
+            _fetch(ready, timeout=_PATIENCE_SECONDS)
+
+    def images(self, number: int, examples: Sequence[Example]) -> Iterator[LoadedImage[Item]]:
+        sent: collections.deque[Any] = collections.deque()
+        turns = itertools.cycle(self._decoders)
+        for start in range(0, len(examples), _BLOCK_IMAGES):
+            if len(sent) == _BLOCKS_AHEAD * len(self._decoders):
+                yield from _fetch(sent.popleft())
+            sent.append(next(turns).decode.remote(number, examples[start : start + _BLOCK_IMAGES]))
+        while sent:
+            yield from _fetch(sent.popleft())
+
+    def close(self) -> None:
+        for decoder in self._decoders:
+            _kill(decoder)
+
+
+def _fetch(block: Any, timeout: float | None = None) -> list[LoadedImage[Item]]:
+    """What a decode actor sends. Raises: what it did, of ours; EngineError after `timeout` seconds; RayError."""
+    try:
+        return list(ray.get(block, timeout=timeout))
+    except GetTimeoutError as err:
+        raise EngineError(
+            f"no decode actor has started for {timeout:.0f} s: the cluster has no CPU free for each. See `ray status`, "
+            "or ask for fewer --decode-actors."
+        ) from err
+    except RayTaskError as err:
+        if isinstance(err.cause, ProbeError):
+            raise err.cause from None
+        raise
+
+
 class RayWorkers:
     """Workers on a cluster, for one run.
 
@@ -110,6 +176,7 @@ class RayWorkers:
         address: str | None = None,
         num_workers: int | None = None,
         gpus_per_worker: float | None = None,
+        num_decoders: int | None = None,
         worker: type = ShardWorker,
     ) -> None:
         """Connects; before the process uses jax, since a cluster of its own is forked off it.
@@ -118,10 +185,12 @@ class RayWorkers:
           address: "auto", host:port, or None for RAY_ADDRESS, else for a cluster on this machine alone.
           num_workers: None: one a node, or as many as the GPUs allow.
           gpus_per_worker: GPUs for each; None: none.
+          num_decoders: decode actors for each; None: it decodes by itself.
           worker: what has the methods of `ShardWorker`.
-        Raises: EngineError if there is no cluster at the address, or it has fewer GPUs than one worker wants.
+        Raises: EngineError if there is no cluster at the address, it has fewer GPUs than one worker wants, or fewer
+          CPUs than all decode actors do.
         """
-        _connect(address or os.environ.get("RAY_ADDRESS") or "local", num_workers or 1)
+        _connect(address or os.environ.get("RAY_ADDRESS") or "local", num_workers or 1, num_decoders or 0)
         cluster = ray.cluster_resources()
         if gpus_per_worker is not None and cluster.get("GPU", 0) < gpus_per_worker:
             ray.shutdown()
@@ -129,7 +198,15 @@ class RayWorkers:
         if num_workers is None and gpus_per_worker is not None:
             num_workers = int(cluster["GPU"] / gpus_per_worker)
         self._wanted = num_workers or sum(node["Alive"] for node in ray.nodes())
-        self._num_cpus = max(1, int(cluster.get("CPU", 1)) // self._wanted)
+        num_cpus = int(cluster.get("CPU", 1))
+        self._num_cpus = max(1, num_cpus // self._wanted) if num_decoders is None else 1
+        if num_decoders is not None and num_cpus < self._wanted * (1 + num_decoders):
+            ray.shutdown()
+            raise EngineError(
+                f"the cluster has {num_cpus} CPUs, and {self._wanted} workers with {num_decoders} decode actors each "
+                f"want {self._wanted * (1 + num_decoders)}: ask for fewer of either"
+            )
+        self._arguments = [] if num_decoders is None else [functools.partial(RemoteFeed, num_decoders)]
         self._backbone = ""
         self._actor = ray.remote(worker).options(
             num_cpus=self._num_cpus, num_gpus=gpus_per_worker or 0, max_restarts=0, scheduling_strategy="SPREAD"
@@ -156,7 +233,7 @@ class RayWorkers:
     def __exit__(self, *_: object) -> None:
         """Ends the workers, and the cluster if it is our own."""
         for worker in self._workers:
-            _kill(worker)
+            _kill(worker.actor)
         ray.shutdown()
         self._stdout.__exit__(None, None, None)
 
@@ -217,7 +294,7 @@ class RayWorkers:
         return ", ".join(told)
 
     def _start_one(self) -> None:
-        actor = self._actor.remote()
+        actor = self._actor.remote(*self._arguments)
         number = len(self._ended) + len(self._workers)
         self._workers.append(_Worker(number, actor, f"{uuid.uuid4().hex[:8]}-", actor.load.remote(self._backbone)))
 
@@ -263,7 +340,7 @@ class RayWorkers:
 
     def _lose(self, worker: _Worker, why: str) -> None:
         """Replaces a worker that is dead or no longer to be trusted, and takes the shard out of its hands."""
-        _kill(worker)
+        _kill(worker.actor)
         worker.ended, worker.awaited = why, None
         self._workers.remove(worker)
         self._ended.append(worker)
@@ -289,11 +366,12 @@ class RayWorkers:
         self._again.append(shard)
 
 
-def _connect(address: str, num_workers: int) -> None:
+def _connect(address: str, num_workers: int, num_decoders: int) -> None:
     own: dict[str, Any] = {
         "include_dashboard": False,
-        "object_store_memory": _OBJECT_STORE_BYTES,
-        "num_cpus": max(os.cpu_count() or 1, num_workers),  # who asks for more workers than cores gets them
+        "object_store_memory": _OBJECT_STORE_BYTES + num_workers * num_decoders * _BLOCKS_AHEAD * _BLOCK_BYTES,
+        # who asks for more workers than cores gets them
+        "num_cpus": max(os.cpu_count() or 1, num_workers * (1 + num_decoders)),
     }
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **(own if address == "local" else {}))
@@ -301,6 +379,6 @@ def _connect(address: str, num_workers: int) -> None:
         raise EngineError(f"no Ray cluster at {address}: {err}") from err
 
 
-def _kill(worker: _Worker) -> None:
+def _kill(actor: Any) -> None:
     with contextlib.suppress(RayError, ValueError):
-        ray.kill(worker.actor)
+        ray.kill(actor)

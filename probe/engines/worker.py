@@ -8,9 +8,9 @@ of them in any order; an image that occurs in two of them is embedded twice, to 
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from probe.cache import CacheWriter, Failure, known_keys, load_manifest, load_pl
 from probe.cache.shards import load_sidecar, seal_shard, sealed_numbers
 from probe.embedding import Device, Item, embed_shard, made_by, make_run_batch, memory_explained, refuse
 from probe.errors import InputError, MismatchError
-from probe.images import ImageLoader
+from probe.images import ImageLoader, LoadedImage, Preprocessing
 from probe.sources import Example, Source
 from probe.storage import tag_partials
 
@@ -36,7 +36,7 @@ class Job:
     open_source: Callable[[], Source]
     """Opens the images for reading by name; its list of examples is not looked at."""
     num_workers: int | None
-    """Processes that decode beside each worker; None: one for each CPU that it was given."""
+    """Processes that decode beside each worker, or in each decode actor; None: one for each CPU that it was given."""
     max_pixels: int
     stop_at_failure: bool
 
@@ -60,10 +60,48 @@ class Place:
     pid: int
 
 
+class Feed(Protocol):
+    """Where the images of a shard come from, decoded and in order."""
+
+    def images(self, number: int, examples: Sequence[Example]) -> Iterator[LoadedImage[Item]]:
+        """Those of shard `number`."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the feed has started."""
+        ...
+
+
+class LocalFeed:
+    """Images that processes beside this one read and decode."""
+
+    def __init__(self, job: Job, preprocessing: Preprocessing) -> None:
+        """Opens the images. Raises: InputError if this host does not see them, or the plan."""
+        self._source = job.open_source()
+        self._loader = ImageLoader(
+            preprocessing, num_workers=job.num_workers, max_pixels=job.max_pixels, skip_keys=known_to(job)
+        )
+
+    def images(self, number: int, examples: Sequence[Example]) -> Iterator[LoadedImage[Item]]:
+        items = ((Item(number, example), content) for example, content in self._source.iter_bytes(examples))
+        return self._loader.load(items)
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def known_to(job: Job) -> Callable[[bytes], bool]:
+    """Whether an older revision of the plan knows the embedding of a content key."""
+    return known_keys(load_plan(job.plan_file)).__contains__ if job.plan_file else lambda key: False
+
+
 class ShardWorker:
     """The worker's own side, without any engine: load, begin, then make as often as there are shards."""
 
-    _loader: ImageLoader | None = None
+    def __init__(self, open_feed: Callable[[Job, Preprocessing], Feed] = LocalFeed) -> None:
+        """Args: open_feed: opens what decodes for this worker."""
+        self._open_feed = open_feed
+        self._feed: Feed | None = None
 
     def load(self, backbone: str) -> Place:
         """Loads a backbone, as `load_backbone` takes it, with the revision. Raises: what that does."""
@@ -105,15 +143,8 @@ class ShardWorker:
             )
         self._job, self._manifest = job, manifest
         CacheWriter(job.cache, manifest).sweep()
-        self._source = job.open_source()
-        older = known_keys(load_plan(job.plan_file)) if job.plan_file else None
-        self._is_known: Callable[[bytes], bool] = older.__contains__ if older is not None else lambda key: False
-        self._loader = ImageLoader(
-            self._backbone.preprocessing,
-            num_workers=job.num_workers,
-            max_pixels=job.max_pixels,
-            skip_keys=self._is_known,
-        )
+        self._is_known = known_to(job)
+        self._feed = self._open_feed(job, self._backbone.preprocessing)
         self._run_batch = make_run_batch(self._backbone, Precision.from_json(manifest.identity["precision"]))
         blank = np.zeros((manifest.identity["batch_size"], *self._backbone.preprocessing.image_size, 3), np.uint8)
         with memory_explained(manifest.identity["batch_size"]):
@@ -124,15 +155,14 @@ class ShardWorker:
 
         Raises: InputError at an unreadable image if the job says so; StorageError; OutOfMemoryError.
         """
-        assert self._loader is not None, "begin comes first"
+        assert self._feed is not None, "begin comes first"
         job, manifest = self._job, self._manifest
         if path := sealed_numbers(job.cache, job.plan_id, number).get(number):
             sidecar = load_sidecar(job.cache, path, manifest.fingerprint)
             return Receipt(number, len(sidecar.facts.names), 0, sidecar.failures)
-        items = ((Item(number, example), content) for example, content in self._source.iter_bytes(examples))
         with memory_explained(manifest.identity["batch_size"]):
             contents = embed_shard(
-                self._loader.load(items),
+                self._feed.images(number, examples),
                 self._run_batch,
                 batch_size=manifest.identity["batch_size"],
                 dtype=manifest.identity["stored_dtype"],
@@ -150,10 +180,10 @@ class ShardWorker:
         return Receipt(number, len(examples), len(contents.keys), contents.failures)
 
     def close(self) -> None:
-        """Ends the decoding processes."""
-        if self._loader is not None:
-            self._loader.close()
-            self._loader = None
+        """Ends what decodes."""
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
 
 
 def describe_workers(workers: Sequence[dict[str, Any]]) -> list[str]:
