@@ -228,7 +228,8 @@ def test_the_first_step_ends_where_there_is_still_something_to_learn():
     labels = rng.integers(0, 50, 1000)
     features = (2 * rng.standard_normal((50, 64))[labels] + rng.standard_normal((1000, 64))).astype(np.float32)
     solution = Problem(features - features.mean(axis=0), labels, 50).fit(1e-3)
-    assert solution.converged and solution.num_iterations <= 45  # 35; with whole steps 75
+    assert solution.converged
+    assert solution.num_iterations <= 45  # 35; with whole steps 75
 
 
 def test_weights_are_as_good_as_repeated_rows():
