@@ -12,11 +12,10 @@ Parts, which --only can choose:
               has all cores, in turn; a run of one batch of each is taken off, and said apart as the start-up
 
 From the first three and from --rate and --width follows what 5 billion images would need, and what limits it. --quick
-takes fewer and smaller ones of each, and a tower of 2 layers, under 2 minutes.
+takes fewer of each, under 2 minutes, which is too few for the overhead to mean much.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import os
@@ -168,19 +167,21 @@ def measure_sealing(folder: Path, num_shards: int, width: int) -> dict[str, floa
     return {"sealed_shards": num_shards, "seal_s": statistics.median(seconds), "most_s": max(seconds)}
 
 
-def measure_overhead(
-    folder: Path, num_images: int, precision: str, rounds: int, *, quick: bool
-) -> list[dict[str, Any]]:
-    """Seconds of `probe embed` in a process of its own, local and on Ray, beyond those of a run of one batch."""
+def make_inputs_of_overhead(folder: Path, num_images: int) -> None:
+    """A checkpoint, so many photos, and a folder with the first batch of them."""
     from probe.backbones import save_backbone
     from tests.benchmarks.embed import TOWERS, make_backbone, write_photos
 
-    config = dataclasses.replace(TOWERS["ViT-B/32"], **({"num_hidden_layers": 2} if quick else {}))
-    save_backbone(make_backbone(config), folder / "checkpoint")
-    files = write_photos(folder / "photos", 500, 375, num_images)
+    save_backbone(make_backbone(TOWERS["ViT-B/32"]), folder / "checkpoint")
     (folder / "few").mkdir()
-    for path in files[:BATCH]:
+    for path in write_photos(folder / "photos", 500, 375, num_images)[:BATCH]:
         (folder / "few" / path.name).symlink_to(path)
+
+
+def measure_overhead(folder: Path, num_images: int, precision: str, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of `probe embed` in a process of its own, local and on Ray, beyond those of a run of one batch."""
+    make = ["--make", str(folder), "--images", str(num_images)]
+    subprocess.run([sys.executable, "-m", "tests.benchmarks.scale", *make], check=True)  # jax stays out of this process
     options = ["--backbone", str(folder / "checkpoint"), "--precision", precision, "--batch-size", str(BATCH), "--json"]
     engines = {"local": ["--engine", "local"], "ray": ["--engine", "ray", "--workers", "1"]}
 
@@ -256,14 +257,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under 2 minutes")
     parts = ("workers", "plans", "disk", "overhead")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="some parts only")
-    parser.add_argument("--images", type=int, help="of the overhead; if not given: 2,000, or 256 with --quick")
+    parser.add_argument("--images", type=int, help="of the overhead; if not given: 2,000, or 128 with --quick")
     parser.add_argument("--precision", default="float32", help="of the overhead")
     parser.add_argument("--rounds", type=int, help="of the overhead; if not given: 3, or 1 with --quick")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("--rate", type=float, default=20.0, help="images/s of one worker")
     parser.add_argument("--width", type=int, default=768, help="of an embedding")
     parser.add_argument("--plan", type=int, help=argparse.SUPPRESS)  # what a process of its own runs
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)  # likewise
     arguments = parser.parse_args()
+    if arguments.make:
+        make_inputs_of_overhead(arguments.make, arguments.images)
+        return
     with tempfile.TemporaryDirectory() as name:
         if arguments.plan:
             print(json.dumps(measure_plan(arguments.plan, Path(name))))
@@ -271,9 +276,9 @@ def main() -> None:
         os.environ.setdefault("RAY_TMPDIR", name)
         cases: list[dict[str, Any]] = []
         if "overhead" in arguments.only:
-            num_images = arguments.images or (256 if arguments.quick else 2000)
+            num_images = arguments.images or (128 if arguments.quick else 2000)
             rounds = arguments.rounds or (1 if arguments.quick else 3)
-            cases += measure_overhead(Path(name), num_images, arguments.precision, rounds, quick=arguments.quick)
+            cases += measure_overhead(Path(name), num_images, arguments.precision, rounds)
         workers = measure_all_workers(12 if arguments.quick else 40) if "workers" in arguments.only else []
         plans = measure_all_plans(6 if arguments.quick else 8) if "plans" in arguments.only else []
         sealing = {}
