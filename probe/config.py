@@ -316,6 +316,14 @@ class FitLinearConfig:
     """How many processes there are."""
     process_id: IfGiven[int] = None
     """Which of them this one is, from 0."""
+    tensorboard: IfGiven[Path] = None
+    """Folder to write TensorBoard's event files to: the figures, and the curve of λ or of the epochs (needs the extra
+    tensorboard)."""
+    mlflow: IfGiven[str] = None
+    """Folder whose mlflow.db gets them as a run of MLflow, with the report; or a tracking URI (needs the extra
+    mlflow)."""
+    wandb: IfGiven[Path] = None
+    """Folder to write an offline run of Weights & Biases to, with the report (needs the extra wandb)."""
     bundle_backbone: Flag = False
     """Copy the backbone into the run folder, so that `probe predict` needs nothing else."""
     no_report: Flag = False
@@ -502,9 +510,9 @@ class FinetuneConfig:
     tensorboard: IfGiven[Path] = None
     """Folder to write TensorBoard's event files to, epoch by epoch (needs the extra tensorboard)."""
     mlflow: IfGiven[str] = None
-    """Folder whose mlflow.db gets a run of MLflow, or a tracking URI (needs the extra mlflow)."""
+    """Folder whose mlflow.db gets a run of MLflow, with the report; or a tracking URI (needs the extra mlflow)."""
     wandb: IfGiven[Path] = None
-    """Folder to write an offline run of Weights & Biases to (needs the extra wandb)."""
+    """Folder to write an offline run of Weights & Biases to, with the report (needs the extra wandb)."""
     resume: Flag = False
     """Go on with a run that was cut off, to the bit."""
     val_fraction: float = 0.2

@@ -29,6 +29,7 @@ from probe.notebook import looks, metrics_look
 from probe.probing.prompts import class_directions, zero_shot_head
 from probe.progress import heeds_quiet, say
 from probe.reporting import components
+from probe.reporting.page import FILE_NAME as PAGE
 from probe.reporting.page import report_saved_run
 from probe.sources import Columns, check_labels, display_name, open_source
 from probe.sources.origin import describe_origin
@@ -68,8 +69,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         distributed.on_first(lambda: require_no_checkpoints(config))
         with Logs(config) as logs:
             metrics = _finetune(config, logs)
-        if not config.no_report:
-            distributed.on_first(lambda: report_saved_run(config.out))
+            if not config.no_report:
+                distributed.on_first(lambda: report_saved_run(config.out))
+                distributed.on_first(lambda: logs.attach(config.out / PAGE))
     return metrics
 
 

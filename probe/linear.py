@@ -34,8 +34,10 @@ from probe.probing.prompts import class_directions, zero_shot_head
 from probe.probing.protocol import Data, Fitted, Report, silent
 from probe.probing.ridge import fit_ridge
 from probe.progress import Stages, heeds_quiet
+from probe.reporting.page import FILE_NAME as PAGE
 from probe.reporting.page import report_saved_run
 from probe.splits import Splits, assign_folds, resolve_splits
+from probe.training.logs import Logs
 
 _ANSWERED = 2048  # rows whose logits are made at once
 _COPIES = 6  # times the embeddings that a fit takes at its peak, the baseline included (measured: 5.2)
@@ -52,11 +54,11 @@ def fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     Raises: InputError for labels or embeddings that cannot be learned from, and what reading a cache raises;
       EngineError if another process is lost.
     """
-    with distributed.joined(config):
-        return _fit_linear(config)
+    with distributed.joined(config), Logs(config) as logs:
+        return _fit_linear(config, logs)
 
 
-def _fit_linear(config: FitLinearConfig) -> dict[str, Any]:
+def _fit_linear(config: FitLinearConfig, logs: Logs) -> dict[str, Any]:
     made = provenance.Made()
     distributed.on_first(lambda: bundle.require_free(config.out, overwrite=config.overwrite))
     cache = Cache.open(config.cache)
@@ -77,6 +79,7 @@ def _fit_linear(config: FitLinearConfig) -> dict[str, Any]:
     if config.prior == "text":
         weights = distributed.on_first(lambda: _text_weights(config, reference, data))
         data = dataclasses.replace(data, text_weights=weights)
+    distributed.on_first(logs.start)
     with Stages() as report:
         fitted, metrics = fit_data(config, data, notes, report)
     answers = predictions.collect(
@@ -106,8 +109,11 @@ def _fit_linear(config: FitLinearConfig) -> dict[str, Any]:
             },
             overwrite=config.overwrite,
         )
+        logs.curves(metrics)
+        logs.end(metrics)
         if not config.no_report:
             report_saved_run(config.out)
+            logs.attach(config.out / PAGE)
 
     distributed.on_first(write)
     return metrics

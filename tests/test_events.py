@@ -4,11 +4,14 @@ import struct
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from probe.config import FinetuneConfig
+from probe.cache import write_cache
+from probe.config import FinetuneConfig, FitLinearConfig
 from probe.errors import StorageError
 from probe.finetune import finetune
+from probe.linear import fit_linear
 from probe.training.events import EventFile
 
 pytest.importorskip("tensorboardX", reason="the extra tensorboard is not installed")
@@ -82,6 +85,34 @@ def test_a_run_writes_what_its_history_says(image_folder, tiny_clip, tmp_path):
     for tag, field in (("loss/train", "train_loss"), ("accuracy/validation", "val_accuracy")):
         assert figures[tag] == {line["step"]: pytest.approx(line[field], rel=1e-6) for line in history}
     assert figures["kept/test_accuracy"] == {history[-1]["step"]: pytest.approx(metrics["splits"]["test"]["accuracy"])}
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "knn"])
+def test_a_head_writes_how_it_was_chosen(head, tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(40) % 2
+    embeddings = (rng.normal(size=(40, 6)) + labels[:, None]).astype(np.float32)
+    splits = ["train", "train", "test", "test"] * 10
+    write_cache(tmp_path / "cache", embeddings, labels=labels, class_names=("a", "b"), splits=splits)
+    options = {"mlp": {"hidden": (4,), "epochs": 2}, "linear": {"penalties": (1.0, 0.1)}}.get(head, {})
+    options |= {"cache": tmp_path / "cache", "out": tmp_path / "run", "tensorboard": tmp_path / "events"}
+    metrics = fit_linear(FitLinearConfig(head=head, no_report=True, **options))
+    (path,) = (tmp_path / "events").iterdir()
+    figures = read_events(path)
+    if head == "mlp":
+        assert figures["loss/train"] == {
+            line["step"]: pytest.approx(line["train_loss"], rel=1e-6) for line in metrics["history"]
+        }
+    else:
+        points, name = metrics["curves"], "choice"
+        if head == "linear":
+            points, name = points[0]["points"], "choice/pooler-standard"
+        assert points
+        for figure in points[0]:
+            assert figures[f"{name}/{figure}"] == {
+                step: pytest.approx(point[figure], rel=1e-6) for step, point in enumerate(points, 1)
+            }
+    (kept,) = figures["kept/test_accuracy"].values()
+    assert kept == pytest.approx(metrics["splits"]["test"]["accuracy"])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

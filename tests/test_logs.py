@@ -4,15 +4,18 @@ import contextlib
 import json
 import struct
 import sys
+import time
 import zlib
 
 import numpy as np
 import pytest
 
+from probe.cache import write_cache
 from probe.cli import main
-from probe.config import FinetuneConfig
+from probe.config import FinetuneConfig, FitLinearConfig
 from probe.errors import NumericalError, StorageError
 from probe.finetune import finetune
+from probe.linear import fit_linear
 from probe.training.logs import TAGS, Logs
 from probe.training.train import Epoch
 
@@ -40,17 +43,31 @@ def config(image_folder, tiny_clip, tmp_path):
 
 
 def read_wandb(folder):
-    """The records of the one offline run in a folder: each is checked against its sum, as LevelDB's log has them."""
+    """The records of the one offline run in a folder, once its end is there: wandb's own process may write on for a
+    moment after the run has been finished."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        records = records_of(path)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no end")
+
+
+def records_of(path):
+    """Those that are there so far, each checked against its sum, as LevelDB's log has them."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     data, at, content, records = path.read_bytes(), 7, b"", []
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     while at + 7 <= len(data):
         if 2**15 - at % 2**15 < 7:  # the rest of a block is filled up
             at += 2**15 - at % 2**15
             continue
         found, size, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + size > len(data):
+            break  # yet to come
         part = data[at + 7 : at + 7 + size]
         assert found == zlib.crc32(part, zlib.crc32(bytes([kind])))
         content += part
@@ -76,6 +93,49 @@ def test_mlflow_gets_the_epochs_the_options_and_the_end(config, tmp_path, capfd)
         assert told == {line["step"]: line[field] for line in metrics["history"]}
     assert run.data.metrics["kept/test_accuracy"] == metrics["splits"]["test"]["accuracy"]
     assert sorted(path.name for path in (tmp_path / "tracking").iterdir()) == ["mlflow.db"]
+
+
+@pytest.fixture
+def head_config(tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(40) % 2
+    embeddings = (rng.normal(size=(40, 6)) + labels[:, None]).astype(np.float32)
+    splits = ["train", "train", "test", "test"] * 10
+    write_cache(tmp_path / "cache", embeddings, labels=labels, class_names=("a", "b"), splits=splits)
+
+    def make(**options):
+        return FitLinearConfig(cache=tmp_path / "cache", out=tmp_path / "my run", penalties=(1.0, 0.1), **options)
+
+    return make
+
+
+def test_mlflow_gets_the_curve_of_a_head_and_its_report(head_config, tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+    metrics = fit_linear(head_config(mlflow=str(tmp_path / "tracking")))
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'tracking' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("probe").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("my run", "FINISHED")
+    points = metrics["curves"][0]["points"]
+    for figure in points[0]:
+        told = client.get_metric_history(run.info.run_id, f"choice/pooler-standard/{figure}")
+        assert [point.value for point in told] == [point[figure] for point in points]
+    assert run.data.metrics["kept/test_accuracy"] == metrics["splits"]["test"]["accuracy"]
+    (page,) = (tmp_path / "tracking" / "artifacts").rglob("report.html")
+    assert page.read_bytes() == (tmp_path / "my run" / "report.html").read_bytes()
+
+
+def test_wandb_gets_the_curve_of_a_head_and_its_report(head_config, tmp_path):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    metrics = fit_linear(head_config(wandb=tmp_path / "tracking"))
+    lines = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in read_wandb(tmp_path / "tracking")
+        if record.WhichOneof("record_type") == "history"
+    ]
+    told = [line["choice/pooler-standard/nll"] for line in lines if "choice/pooler-standard/nll" in line]
+    assert told == [point["nll"] for point in metrics["curves"][0]["points"]]
+    assert any(line.get("kept/test_accuracy") == metrics["splits"]["test"]["accuracy"] for line in lines)
+    (page,) = (tmp_path / "tracking").rglob("*.html")
+    assert page.read_bytes() == (tmp_path / "my run" / "report.html").read_bytes()
 
 
 def test_a_training_that_fails_is_told_so(config, tmp_path):

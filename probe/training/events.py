@@ -40,6 +40,9 @@ class EventFile:
         except OSError as err:
             raise self._error(err) from err
 
+    def attach(self, page: Path) -> None:
+        """Nothing: TensorBoard shows no pages."""
+
     def close(self, *, failed: bool) -> None:
         """Ends the file; that of a run that failed is as whole as it is."""
         self._writer.close()

@@ -1,15 +1,16 @@
 """Where the figures of a training go besides history.csv: TensorBoard, MLflow, Weights & Biases, all on this machine.
 
-Each is an extra of its own, and a class with `write` for an epoch as it ends, `end` for the figures of what was kept,
-and `close`. Nothing is opened before training begins, so that a mistake in the options leaves no empty run behind.
+Each is an extra of its own, and a class with `write` for figures, `attach` for the report, and `close`. Nothing is
+opened before training begins, so that a mistake in the options leaves no empty run behind.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from probe.config import FinetuneConfig, to_json
+from probe.config import FinetuneConfig, FitLinearConfig, to_json
 from probe.training.events import EventFile, import_tensorboardx
 from probe.training.mlflow_store import MlflowRun, import_mlflow
 from probe.training.train import Epoch
@@ -33,6 +34,9 @@ class Log(Protocol):
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Adds figures at a step. Raises: StorageError."""
 
+    def attach(self, page: Path) -> None:
+        """Keeps a copy of a page of HTML, where there is a place for one. Raises: StorageError."""
+
     def close(self, *, failed: bool) -> None:
         """Ends it; `failed` where training did not come to its end."""
 
@@ -42,11 +46,12 @@ class Logs:
 
     with Logs(config) as logs:
         logs.start()
-        logs.write(epoch)
+        logs.write(epoch)  # or, of a head that is not trained by epochs, logs.curves(metrics)
         logs.end(metrics)
+        logs.attach(page)
     """
 
-    def __init__(self, config: FinetuneConfig) -> None:
+    def __init__(self, config: FinetuneConfig | FitLinearConfig) -> None:
         """Raises: ConfigError where a package is not installed."""
         self._config = config
         self._open: list[Log] = []
@@ -75,6 +80,22 @@ class Logs:
         self._step = line.step
         self._tell({tag: float(getattr(line, field)) for tag, field in TAGS.items()})
 
+    def curves(self, metrics: dict[str, Any]) -> None:
+        """Tells how a head was chosen: the epochs of an MLP, else each λ, or number of neighbours, as a step."""
+        for line in metrics.get("history", []):
+            self.write(Epoch(**line))
+        for curve in metrics.get("curves", []):
+            if "points" not in curve:  # k-NN has one curve
+                self._choices("choice", metrics["curves"])
+                break
+            about = "-".join(str(value) for name, value in curve.items() if name != "points")
+            self._choices(f"choice/{about}", curve["points"])
+
+    def _choices(self, name: str, points: Sequence[Mapping[str, float | None]]) -> None:
+        for number, point in enumerate(points, 1):
+            self._step = number
+            self._tell({f"{name}/{figure}": float(value) for figure, value in point.items() if value is not None})
+
     def end(self, metrics: dict[str, Any]) -> None:
         """Tells the figures of the classifier that was kept, as metrics.json has them."""
         figures = {
@@ -84,6 +105,12 @@ class Logs:
             if (value := of_split.get(name)) is not None
         }
         self._tell(figures)
+
+    def attach(self, page: Path) -> None:
+        """Hands a page of HTML over, if it was written."""
+        if page.is_file():
+            for log in self._open:
+                log.attach(page)
 
     def _tell(self, figures: Mapping[str, float]) -> None:
         for log in self._open:

@@ -31,12 +31,14 @@ class MlflowRun:
         self._entities = mlflow.entities
         self._store = store
         try:
+            files = None  # where reports go: as the server there says
             if "://" not in store:
-                Path(store).mkdir(parents=True, exist_ok=True)
-                store = f"sqlite:///{Path(store).absolute() / 'mlflow.db'}"
+                folder = Path(store).absolute()
+                folder.mkdir(parents=True, exist_ok=True)
+                store, files = f"sqlite:///{folder / 'mlflow.db'}", (folder / "artifacts").as_uri()
             self._client = mlflow.MlflowClient(tracking_uri=store)
             found = self._client.get_experiment_by_name(_EXPERIMENT)
-            experiment = found.experiment_id if found else self._client.create_experiment(_EXPERIMENT)
+            experiment = found.experiment_id if found else self._client.create_experiment(_EXPERIMENT, files)
             self._run = self._client.create_run(experiment, run_name=name).info.run_id
             params = [
                 self._entities.Param(option, str(value)[:_LONGEST])
@@ -53,6 +55,13 @@ class MlflowRun:
         metrics = [self._entities.Metric(name, value, now, step) for name, value in figures.items()]
         try:
             self._client.log_batch(self._run, metrics=metrics)
+        except Exception as err:
+            raise self._error(err) from err
+
+    def attach(self, page: Path) -> None:
+        """Keeps a page among the run's artifacts. Raises: StorageError."""
+        try:
+            self._client.log_artifact(self._run, os.fspath(page))
         except Exception as err:
             raise self._error(err) from err
 

@@ -48,8 +48,17 @@ class WandbRun:
         except (OSError, wandb.Error) as err:
             raise self._error(err) from err
 
+    def attach(self, page: Path) -> None:
+        """Keeps a page among the run's media, under its name. Raises: StorageError."""
+        import wandb
+
+        try:
+            self._run.log({page.stem: wandb.Html(os.fspath(page), inject=False)})
+        except (OSError, wandb.Error) as err:
+            raise self._error(err) from err
+
     def close(self, *, failed: bool) -> None:
-        """Ends the run, and waits until it is written."""
+        """Ends the run; wandb's own process may write for a moment longer, and is waited for when this one ends."""
         self._run.finish(exit_code=int(failed))
 
     def _error(self, err: Exception) -> StorageError:
