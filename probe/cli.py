@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,7 +97,8 @@ def _path(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 _SCHEMA_VERSION = 1
 _COMPLETION = "--print-completion"
-_SHELLS = ("bash", "zsh", "tcsh")
+_SHELLS = ("bash", "zsh", "fish")
+_VERBOSE = {"-v", "--verbose"}
 
 _Verb = Callable[[Any], dict[str, Any]]  # config -> result as JSON values
 _Describe = Callable[[dict[str, Any]], str]  # the result as text for people
@@ -109,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; those of the process if None.
     Returns: the exit code, as the table in `probe.errors` has it.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments, is_verbose = _without_verbose(list(sys.argv[1:] if argv is None else argv))
     if argv is None and arguments[:1] == ["finetune"] and not {"-h", "--help"} & set(arguments):
         restart_with_huge_pages()
     for stream in (sys.stdout, sys.stderr):
@@ -122,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tyro._experimental_options["ansi_codes"] = False
     try:
         config = _parse(arguments)
+        if is_verbose:
+            print(f"options: {json.dumps(configs.to_json(config))}", file=sys.stderr)
         provenance.set_command(arguments)
         result, text = run_interruptibly(lambda: _run(config))
         if distributed.is_first() and (config.json or text):
@@ -130,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ProbeError as err:
+        if is_verbose:
+            traceback.print_exc()
         print(f"probe: error: {err}", file=sys.stderr)
         _tell_error(arguments, err)
         return err.exit_code
@@ -141,6 +147,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         provenance.set_command(None)  # whoever calls from Python next was not called by this line
     return 0
+
+
+def _without_verbose(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments but -v and --verbose, which go with any verb, and whether one was there; what follows two dashes is
+    another command's."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own = [word for word in arguments[:end] if word not in _VERBOSE]
+    return own + arguments[end:], len(own) < end
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -157,7 +171,8 @@ def _parse(arguments: list[str]) -> Any:
         _Command,  # type: ignore[arg-type]  # a union is a type form, which mypy has no name for yet
         prog="probe",
         description="Turn a pretrained vision backbone into a classifier that one can trust.\n\n"
-        f"Also: probe --version; probe {_COMPLETION} {'|'.join(_SHELLS)}, for the shell to read when it starts.",
+        f"Also: probe --version; probe VERB … -v, which tells on stderr the options as they are understood, and of an "
+        f"error where it arose; probe {_COMPLETION} {'|'.join(_SHELLS)}, for the shell to read when it starts.",
         args=arguments,
         registry=_OPTIONAL,
     )

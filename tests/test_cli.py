@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,10 +140,36 @@ def test_bash_completes_verbs_options_and_choices(
     assert set(done.stdout.split()) == offered, done.stderr
 
 
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish")
+def test_fish_completes_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "probe.fish").write_text(run(capsys, "--print-completion", "fish")[1])
+    typing = "source probe.fish; complete -C 'probe fi'; complete -C 'probe export run --format o'"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", typing], cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert {line.split("\t")[0] for line in done.stdout.splitlines()} == {"fit-linear", "finetune", "onnx"}, done.stderr
+
+
 def test_completion_is_offered_for_known_shells_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--print-completion", "zsh")[1].startswith("#compdef probe")
-    assert_refused(run(capsys, "--print-completion", "cmd.exe"), 2, "bash, zsh, tcsh")
-    assert_refused(run(capsys, "--print-completion"), 2, "bash, zsh, tcsh")
+    assert "complete --no-files --command 'probe'" in run(capsys, "--print-completion", "fish")[1]
+    assert_refused(run(capsys, "--print-completion", "cmd.exe"), 2, "bash, zsh, fish")
+    assert_refused(run(capsys, "--print-completion"), 2, "bash, zsh, fish")
+
+
+def test_who_asks_for_more_is_told_options_and_where_an_error_arose(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fit-linear", tmp_path / "nowhere", "--out", tmp_path / "run", "--folds", "4"]
+    code, out, err = run(capsys, *arguments, "-v")
+    assert (code, out) == (3, "")
+    first, *_, last = err.splitlines()
+    options = json.loads(first.removeprefix("options: "))
+    assert (options["folds"], options["seed"]) == (4, 0)
+    assert "Traceback" in err
+    assert last.startswith("probe: error: ")
+    assert run(capsys, *arguments)[2] == f"{last}\n"
 
 
 def test_who_asks_for_json_reads_of_errors_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
