@@ -156,7 +156,19 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_guide_shown_is_the_guide_that_runs() -> None:
-    assert blocks("from-the-guides.md", "python") == [(ROOT / "tests" / "guide_script.py").read_text()]
+    """Its steps, put together, but for empty lines."""
+    shown = "".join(blocks("from-the-guides.md", "python")).split("\n")
+    runs = (ROOT / "tests" / "guide_script.py").read_text().split("\n")
+    assert [line for line in shown if line] == [line for line in runs if line]
+
+
+def test_each_step_of_the_guides_stands_beside_ours() -> None:
+    """Theirs in `py` and `julia`, ours in `python` and `bash`."""
+    steps = (DOCS / "from-the-guides.md").read_text().split("\n### ")[1:]
+    numbered = [step for step in steps if step[0].isdigit()]
+    assert [step[0] for step in numbered] == [*"12345", *"123456"]
+    assert all("```py\n" in step and "```python\n" in step for step in numbered[:5])
+    assert all("```julia\n" in step and "Here" in step for step in numbered[5:])
 
 
 def test_every_public_name_stands_on_the_python_page() -> None:
