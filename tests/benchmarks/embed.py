@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.embed [--quick] [--json FILE] [--only NAME ...]
 
-Random weights in published shapes; every program with the batch that suits it best; programs take turns, and medians
-are compared. Parts, which --only can choose:
+Random weights in published shapes; every program with the batch that suits it best; programs take turns of two batches,
+the second of which is timed, and medians are compared. Parts, which --only can choose:
 
     tower     images a second of the tower alone: ViT-B/32 with all peers, B/16 and L/14 with the best of each precision
     files     from JPEG files to embeddings, 500x375 and 4000x3000, and what the feed costs over the tower alone
@@ -198,6 +198,7 @@ class Bench:
             for program, (_, run, is_uint8) in programs.items():
                 num = self.batch[program]
                 batch = images[:num] if is_uint8 else pixels[:num]
+                run(batch)  # else threads of the program before may still spin, and its data fill the caches
                 seconds[program].append(seconds_of(lambda run=run, batch=batch: run(batch)) / num)
         for program, (precision, _, is_uint8) in programs.items():
             median = statistics.median(seconds[program])
