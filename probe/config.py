@@ -45,6 +45,18 @@ def _is_share(text: str) -> bool:
         return False
 
 
+def _require_outside(out: Path, option: str, folder: Path | str | None) -> None:
+    """A run folder is written whole, at the end, and then nothing may stand in its place."""
+    if folder is not None and Path(folder).resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"--{option} {folder} is within --out {out}, which is written whole at the end: use another")
+
+
+def _check_logs(out: Path, tensorboard: Path | None, mlflow: str | None, wandb: Path | None) -> None:
+    _require_outside(out, "tensorboard", tensorboard)
+    _require_outside(out, "mlflow", None if mlflow is None or "://" in mlflow else mlflow)
+    _require_outside(out, "wandb", wandb)
+
+
 def _check_processes(
     distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
@@ -340,6 +352,7 @@ class FitLinearConfig:
         _require(len(self.views) > 0, "views", "one view or more", self.views)
         _require(len(self.scalings) > 0, "scalings", "one scaling or more", self.scalings)
         self._refuse_what_the_head_ignores()
+        _check_logs(self.out, self.tensorboard, self.mlflow, self.wandb)
         if (self.head, self.solver) not in (("linear", "lbfgs"), ("linear", "sklearn")):
             for option in ("views", "scalings"):
                 chosen = getattr(self, option)
@@ -587,6 +600,8 @@ class FinetuneConfig:
         if self.views is not None:
             _require(self.views >= 1, "views", "at least 1", self.views)
         _require(self.cache_prefix != "", "cache-prefix", "auto, off or a folder", "nothing")
+        _require_outside(self.out, "cache-prefix", None if self.cache_prefix in ("auto", "off") else self.cache_prefix)
+        _check_logs(self.out, self.tensorboard, self.mlflow, self.wandb)
         _require(self.checkpoint_every >= 0, "checkpoint-every", "0 or more", self.checkpoint_every)
         _require(0 <= self.warmup_fraction < 1, "warmup-fraction", "at least 0 and below 1", self.warmup_fraction)
         _require(0 < self.val_fraction < 1, "val-fraction", "between 0 and 1", self.val_fraction)

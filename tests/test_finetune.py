@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -300,6 +301,20 @@ def test_eight_devices_give_the_same_run(config, tmp_path):
 def test_options_that_would_do_nothing_are_errors(config, options, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(config, **options)
+
+
+@pytest.mark.parametrize("option", ["tensorboard", "mlflow", "wandb", "cache_prefix"])
+def test_nothing_else_is_written_within_the_run_folder(config, option):
+    """It is written when all is done: the run could not be saved any more, or would replace what was written there."""
+    for within in (config.out, config.out / "logs" / "here", config.out.parent / "x" / ".." / "run"):
+        with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} .* is within --out .*, which is written"):
+            dataclasses.replace(config, **{option: str(within) if option in ("mlflow", "cache_prefix") else within})
+    beside = config.out.with_name("runs")
+    dataclasses.replace(config, **{option: str(beside) if option in ("mlflow", "cache_prefix") else beside})
+    dataclasses.replace(config, mlflow="https://there/run", cache_prefix="auto", out=config.out.with_name("auto"))
+    if option != "cache_prefix":
+        with pytest.raises(ConfigError, match=f"--{option} run/here is within --out run, which is written whole"):
+            FitLinearConfig(cache=config.out, out=Path("run"), **{option: "run/here"})
 
 
 def test_everything_at_once(config):

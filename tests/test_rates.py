@@ -122,6 +122,7 @@ def test_a_block_that_learns_in_part_is_not_frozen(clip):
         ({"rates": ("head=1",)}, "parameters without a rule: backbone/embedder/"),
         ({"rates": ("backbone=1", "head=1", "neck=1")}, "rules without a parameter: neck; the parameters are"),
         ({"rates": ("**=1", "head=2")}, "--rates head: earlier rules take every parameter of it"),
+        ({"rates": ("head=1", "backbone=1", "head=2")}, "--rates head: earlier rules take every parameter of it"),
         ({"freeze": ("backbone",), "backbone_lr": 1e-4}, "--backbone-lr cannot act: --freeze takes all"),
         ({"freeze": ("backbone",), "layer_decay": 0.9}, "--layer-decay cannot act: --freeze takes all"),
         ({"backbone_lr": 0.0, "unfreeze_last": 1}, "--unfreeze-last cannot act: --backbone-lr 0 freezes"),

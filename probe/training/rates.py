@@ -59,10 +59,16 @@ def make_rules(options: RateOptions, params: dict[str, Any]) -> Rules:
                 f"--rates is the whole list of rules and does not mix with {', '.join(others)}: write these as "
                 "rules too, for instance --rates 'backbone/**=frozen' --rates 'head/**=1e-3'"
             )
-        listed = dict(_parse(rule) for rule in options.rates)
-        rules |= listed
+        listed = [_parse(rule) for rule in options.rates]
+        patterns = [pattern for pattern, _ in listed]
+        rules |= dict(listed)
         effective = {part.pattern for part in optim.parts(params, rules)}
-        if idle := [pattern for pattern in listed if pattern not in effective]:
+        idle = [
+            pattern
+            for number, pattern in enumerate(patterns)
+            if pattern not in effective or pattern in patterns[:number]  # the same again
+        ]
+        if idle:
             raise ConfigError(
                 f"--rates {', '.join(idle)}: earlier rules take every parameter of it. The first match wins, so "
                 "put the narrower pattern first."
