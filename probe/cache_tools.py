@@ -1,4 +1,4 @@
-"""`probe cache ls|verify|merge|prune`: the upkeep of caches."""
+"""`probe cache ls|verify|merge|prune|rm`: the upkeep of caches."""
 
 import hashlib
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from probe.cache import Cache, merge_caches, prune_cache, remove_damaged, verify_cache
-from probe.config import CacheLsConfig, CacheMergeConfig, CachePruneConfig, CacheVerifyConfig
+from probe.cache import Cache, merge_caches, prune_cache, remove_cache, remove_damaged, verify_cache
+from probe.config import CacheLsConfig, CacheMergeConfig, CachePruneConfig, CacheRmConfig, CacheVerifyConfig
 from probe.errors import CorruptError, MismatchError
 from probe.images import ImageError
 from probe.interrupt import check
@@ -179,3 +179,23 @@ def describe_prune(summary: dict[str, Any]) -> str:
     return (
         f"{summary['cache']}: {len(summary['removed']):,} files ({summary['num_bytes'] / 1e6:,.1f} MB) {verb} removed"
     )
+
+
+def rm(config: CacheRmConfig) -> dict[str, Any]:
+    """Removes a cache, and nothing else. Raises: InputError if it is none; CorruptError; StorageError."""
+    sizes = {path: path.stat().st_size for path in config.cache.rglob("*") if path.is_file()}
+    removed, others = remove_cache(config.cache, dry_run=config.dry_run)
+    return {
+        "cache": str(config.cache),
+        "dry_run": config.dry_run,
+        "removed": [str(path) for path in removed],
+        "num_bytes": sum(sizes.get(path, 0) for path in removed),
+        "left": [str(path) for path in others],
+    }
+
+
+def describe_rm(summary: dict[str, Any]) -> str:
+    """The summary of `rm` as text for people."""
+    left = summary["left"]
+    named = ", ".join(map(display_name, left[:_NAMED])) + (", …" if len(left) > _NAMED else "")
+    return describe_prune(summary) + (f"; not the cache's own, and left: {named}" if left else "")

@@ -42,6 +42,7 @@ _Cache = (
     | Annotated[configs.CacheVerifyConfig, subcommand("verify", prefix_name=False)]
     | Annotated[configs.CacheMergeConfig, subcommand("merge", prefix_name=False)]
     | Annotated[configs.CachePruneConfig, subcommand("prune", prefix_name=False)]
+    | Annotated[configs.CacheRmConfig, subcommand("rm", prefix_name=False)]
     | Annotated[configs.CacheExportConfig, subcommand("export", prefix_name=False)]
     | Annotated[configs.CacheImportConfig, subcommand("import", prefix_name=False)]
 )
@@ -293,6 +294,10 @@ def _verb_of(config: object) -> tuple[_Verb, _Describe]:
             from probe import cache_tools
 
             return cache_tools.prune, cache_tools.describe_prune
+        case configs.CacheRmConfig():
+            from probe import cache_tools
+
+            return cache_tools.rm, cache_tools.describe_rm
         case configs.CacheExportConfig():
             from probe import exchange
 

@@ -230,6 +230,18 @@ class CachePruneConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheRmConfig:
+    """Remove a cache, and nothing else that lies in its folder."""
+
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]
+    """Cache folder; no `probe embed` may be running on it."""
+    dry_run: Flag = False
+    """Only say what would be removed."""
+    json: Flag = False
+    """Print the summary to stdout as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheExportConfig:
     """Write a cache as one plain file that other tools read."""
 

@@ -1,6 +1,7 @@
-"""`probe cache ls|verify|merge|prune`: upkeep changes plans and removes files, and never an embedding."""
+"""`probe cache ls|verify|merge|prune|rm`: upkeep changes plans and removes files, and never an embedding."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 
 from probe import cache_tools
 from probe.cache import Cache, write_cache
+from probe.cli import main
 from probe.config import (
     CacheLsConfig,
     CacheMergeConfig,
     CachePruneConfig,
+    CacheRmConfig,
     CacheVerifyConfig,
     EmbedConfig,
 )
@@ -197,3 +200,30 @@ class TestPrune:
         (tmp_path / "aside").rename(settings.images)
         assert embed(settings)["num_computed"] == 16  # those of the one shard that nothing used any more
         assert contents(settings.out) == before
+
+
+class TestRm:
+    def test_a_cache_goes_and_what_is_not_its_own_stays(
+        self, settings: EmbedConfig, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        cache = settings.out
+        (cache / "notes.txt").write_text("mine")
+        before = sorted(cache.rglob("*"))
+        num_files = sum(path.is_file() for path in before)
+        assert main(["cache", "rm", str(cache), "--dry-run"]) == 0
+        assert f"would be removed; not the cache's own, and left: {cache / 'notes.txt'}" in capsys.readouterr().out
+        assert sorted(cache.rglob("*")) == before
+        assert main(["cache", "rm", str(cache), "--json"]) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert len(summary["removed"]) == num_files - 1
+        assert summary["removed"][-1] == str(cache / "cache.json")
+        assert list(cache.iterdir()) == [cache / "notes.txt"]
+        assert main(["cache", "rm", str(cache)]) == 3
+        assert "is not a cache" in capsys.readouterr().err
+        assert (cache / "notes.txt").read_text() == "mine"
+
+    def test_nothing_is_left_of_its_folder(self, tmp_path: Path) -> None:
+        write_cache(tmp_path / "cache", np.zeros((2, 3), np.float32))
+        rm = cache_tools.rm(CacheRmConfig(cache=tmp_path / "cache"))
+        assert rm["left"] == []
+        assert not (tmp_path / "cache").exists()

@@ -35,6 +35,7 @@ from probe.cache.shards import Facts as Facts
 from probe.cache.shards import ShardContents as ShardContents
 from probe.cache.upkeep import merge_caches as merge_caches
 from probe.cache.upkeep import prune_cache as prune_cache
+from probe.cache.upkeep import remove_cache as remove_cache
 from probe.cache.verifying import remove_damaged as remove_damaged
 from probe.cache.verifying import verify_cache as verify_cache
 from probe.cache.writer import CacheWriter as CacheWriter

@@ -1,5 +1,6 @@
 """Caches joined, and caches made smaller: new plans over shards that stay as they are."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from probe.cache.plan import Inputs, Names, Plan, ShardInfo, list_plans
 from probe.cache.reader import Cache
 from probe.cache.shards import list_sidecars, load_sidecar, read_shard, shard_files
 from probe.cache.writer import CacheWriter
-from probe.errors import InputError
+from probe.errors import InputError, StorageError
 from probe.interrupt import check
 from probe.storage import atomic_write_bytes, make_folder
 
@@ -90,6 +91,32 @@ def prune_cache(root: Path, *, dry_run: bool) -> list[Path]:
         for path in files:
             path.unlink(missing_ok=True)
     return files
+
+
+def remove_cache(root: Path, *, dry_run: bool) -> tuple[list[Path], list[Path]]:
+    """Removes a cache, and of its folder what is empty then; the manifest goes last, so that a removal that is cut off
+    can be run again.
+
+    Returns: the files that were, or would be, removed, and those of others, which stay.
+    Raises: InputError if it is no cache; CorruptError if its manifest says nothing; StorageError.
+    """
+    load_manifest(root)
+    ours = [path for pattern in _FILES for path in sorted(root.glob(pattern)) if path.is_file()]
+    others = sorted({path for path in root.rglob("*") if path.is_file()} - set(ours))
+    if not dry_run:
+        try:
+            for path in ours:
+                check()
+                path.unlink(missing_ok=True)
+        except OSError as err:
+            raise StorageError(f"{root}: cannot remove it: {err.strerror}: {err.filename}") from err
+        for folder in (*root.glob("*/*"), *root.glob("*"), root):
+            with contextlib.suppress(OSError):  # something is in it, or it is a file, or the store has no folders
+                folder.rmdir()
+    return ours, others
+
+
+_FILES = ("shards/*/*", "plan/*", "failed/*", "cache.json")
 
 
 def _join(plans: Sequence[Plan], prefixes: Sequence[str]) -> Plan:
