@@ -16,14 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.spatial.distance import pdist, squareform
+from scipy.special import softmax
 from sklearn.decomposition import PCA
+from sklearn.metrics import log_loss
 
 from probe import bundle
 from probe.cli import main
 from probe.errors import CorruptError, InputError, MismatchError
+from probe.evaluation.calibration import fit_temperature
 from probe.evaluation.metrics import summarize
 from probe.reporting import components
-from probe.reporting.answers import Answers, confusion_matrix, reliability
+from probe.reporting.answers import Answers, confusion_matrix, reliability, scaled
 from probe.reporting.charts import Series, line_chart, number
 from probe.reporting.embedding_map import STEPS, make_map
 from probe.reporting.page import MAX_BYTES, write_report
@@ -294,6 +297,28 @@ def test_calibration_before_and_after_without_a_test_split(split, solver, known,
         line = f"before temperature scaling: {bin.n} answers of confidence {100 * bin.confidence:.1f} %"
         assert (line in page.text) == known
     assert ("divided by the temperature 2.5" in page.text) == known
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_what_temperature_scaling_would_do_to_a_run_that_has_none(split, tmp_path):
+    """Too sure by a factor of 3: validation tells it, and rows are scaled by others."""
+    answers = make_answers(400, ("a", "b", "c"))
+    splits = np.array(["val", "test"] * 200) if split == "test" else np.repeat("val", 400)
+    answers = renamed(answers, splits=splits, logits=3 * answers.logits)
+    judged = Answers.of_run(answers)
+    temperature, after = scaled(judged, answers)
+    val = answers.take(splits == "val")
+    assert temperature == pytest.approx(fit_temperature(val.logits, val.labels))
+    raw, true = judged.of.logits, judged.of.labels
+    factors = after.of.logits[:, 0] / raw[:, 0]
+    assert len(set(factors.round(4))) == (1 if split == "test" else 2)
+    assert log_loss(true, softmax(after.of.logits, axis=1)) < log_loss(true, softmax(raw, axis=1))
+    run = save_run(tmp_path / "run", answers)
+    write_report(run)
+    page = Page(run / "report.html")
+    for bin in reliability(after):
+        assert f"after temperature scaling: {bin.n} answers of confidence {100 * bin.confidence:.1f} %" in page.text
+    assert f"{number(temperature)} by all validation rows" in page.text
 
 
 def write_odd_images(root: Path, names: list[bytes]) -> np.ndarray:

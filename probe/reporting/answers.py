@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, softmax
 
-from probe.evaluation.calibration import NUM_BINS
+from probe.evaluation.calibration import NUM_BINS, fit_temperature
+from probe.evaluation.choice import halves
 from probe.evaluation.intervals import wilson_interval
 from probe.evaluation.predictions import Predictions
 from probe.sources import display_name
@@ -57,9 +58,9 @@ class Answers:
         (rows,) = np.nonzero(self.correct)
         return rows[np.argsort(self.confidence[rows], kind="stable")][:most]
 
-    def at_temperature(self, temperature: float) -> "Answers":
-        """The same with logits multiplied by `temperature`: what a calibrated run said before it was."""
-        of = dataclasses.replace(self.of, logits=self.of.logits * np.float32(temperature))
+    def times(self, factor: float | np.ndarray) -> "Answers":
+        """The same with logits multiplied by one number, or by one a row, [N]: as another temperature gives them."""
+        of = dataclasses.replace(self.of, logits=self.of.logits * np.reshape(factor, (-1, 1)).astype(np.float32))
         return _of_sets(self.split, of) if of.multi_label else _of_classes(self.split, of)
 
 
@@ -83,6 +84,26 @@ def reliability(answers: Answers) -> list[Bin]:
         n, hits = int(inside.sum()), int(true[inside].sum())
         found.append(Bin(n, float(claimed[inside].mean()), hits / n, wilson_interval(hits, n)))
     return found
+
+
+def scaled(answers: Answers, every: Predictions) -> tuple[float, Answers] | None:
+    """What temperature scaling by validation rows would make of answers that are not scaled.
+
+    Args:
+      every: all answers of the run. Answers to validation rows themselves are scaled half by half, each by the other.
+    Returns: the temperature of all validation rows, and the answers; None where there are too few to tell.
+    """
+    val = every.take(every.splits == "val")
+    half = None if val.multi_label else halves(val.labels)
+    if half is None:
+        return None
+    temperature = fit_temperature(val.logits, val.labels)
+    if answers.split != "val":
+        return temperature, answers.times(1 / temperature)
+    factors = np.empty(len(val.labels))
+    for told_by, judged in ((half, ~half), (~half, half)):
+        factors[judged] = 1 / fit_temperature(val.logits[told_by], val.labels[told_by])
+    return temperature, answers.times(factors)
 
 
 def worst_classes(figures: dict[str, Any], most: int) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 Pictures are re-encoded, as many as fit; galleries have them first.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from probe.cache import Cache
 from probe.errors import CorruptError, InputError, MismatchError, ProbeError
 from probe.evaluation import predictions
 from probe.reporting import advice, components, plots
-from probe.reporting.answers import Answers, confusion_matrix, reliability, worst_classes
+from probe.reporting.answers import Answers, confusion_matrix, reliability, scaled, worst_classes
 from probe.reporting.audit_page import JSON_NAME, audit_context
 from probe.reporting.charts import percent
 from probe.reporting.embedding_map import Map, Method, make_map
@@ -81,7 +82,7 @@ def write_report(
     metrics, config = (json.loads((run / name).read_bytes()) for name in ("metrics.json", "config.json"))
     made = provenance.load(run)
     notes: list[str] = []
-    answers = _answers(run, notes)
+    answers, every = _answers(run, notes)
     data: dict[str, Any] = {"texts": [], "rows": None}
     pictures = Thumbnails({}, None)
     origin = describe_origin(images) if images is not None else made.get("source")
@@ -99,7 +100,7 @@ def write_report(
         pictures = load_thumbnails(origin, named, num_workers=num_workers)
         if pictures.missing:
             notes.append(f"Not every image has a picture: {pictures.missing}.")
-    context = _context(run, classifier, metrics, config, made, answers, mistakes, hits)
+    context = _context(run, classifier, metrics, config, made, answers, every, mistakes, hits)
     context |= {"notes": notes, "plane": plane, "num_shown": len(shown)}
     findings = audit or run / JSON_NAME
     context["audit"] = audit_context(findings, origin) if findings.is_file() else None
@@ -139,15 +140,16 @@ def report_saved_run(run: Path) -> None:
         print(f"note: the run is saved, but not its {FILE_NAME}: {err}", file=sys.stderr)
 
 
-def _answers(run: Path, notes: list[str]) -> Answers | None:
-    try:
-        answers = Answers.of_run(predictions.load(run))
-    except InputError:
-        answers = None
+def _answers(run: Path, notes: list[str]) -> tuple[Answers | None, predictions.Predictions | None]:
+    """The answers that judge the run, and all of them."""
+    every: predictions.Predictions | None = None
+    with contextlib.suppress(InputError):
+        every = predictions.load(run)
+    answers = None if every is None else Answers.of_run(every)
     if answers is None:
         notes.append("The run holds no answers to rows that it was not fitted on: there is nothing to look at but how "
                      "it was trained.")  # fmt: skip
-    return answers
+    return answers, every
 
 
 def _by_priority(answers: Answers, shown: np.ndarray, galleries: Iterable[np.ndarray]) -> list[int]:
@@ -233,6 +235,7 @@ def _context(
     config: dict[str, Any],
     made: dict[str, Any],
     answers: Answers | None,
+    every: predictions.Predictions | None,
     mistakes: np.ndarray,
     hits: np.ndarray,
 ) -> dict[str, Any]:
@@ -240,10 +243,12 @@ def _context(
     split = None if answers is None else _judged_split(metrics, answers.split)
     figures = {} if split is None else metrics["splits"][split]
     temperature = metrics.get("temperature")
-    after = [] if answers is None else reliability(answers)
-    before = None
+    saved = [] if answers is None else reliability(answers)
+    other, name_of_other, could_be = None, "before temperature scaling", None
     if answers is not None and temperature and not _is_of_other_temperatures(metrics, answers.split):
-        before = reliability(answers.at_temperature(temperature))
+        other = reliability(answers.times(temperature))
+    elif answers is not None and every is not None and not temperature and (found := scaled(answers, every)):
+        could_be, other, name_of_other = found[0], reliability(found[1]), "after temperature scaling"
     versions = config.pop("versions", {})
     return {
         "title": display_name(run.resolve().name),
@@ -256,7 +261,7 @@ def _context(
         "figure_rows": _figure_rows(metrics),
         "comparisons": None if split is None else plots.comparisons(metrics, split),
         "verdict": plots.verdict(metrics),
-        "advice": advice.next_steps(metrics, split, answers, after),
+        "advice": advice.next_steps(metrics, split, answers, saved),
         "warnings": [display_name(warning) for warning in metrics.get("warnings", [])],
         "answers": answers,
         "mistakes": mistakes.tolist(),
@@ -265,8 +270,9 @@ def _context(
         "matrix": None if answers is None else confusion_matrix(answers, _MATRIX_CLASSES),
         "classes": worst_classes(figures, _NUM_CLASSES) if figures.get("per_class") else [],
         "num_classes": len(classifier.class_names),
-        "reliability": plots.reliability_chart(after, before) if after else None,
-        "temperature": temperature if before else None,
+        "reliability": plots.reliability_chart(saved, other, name_of_other) if saved else None,
+        "temperature": temperature if other and not could_be else None,
+        "could_be_temperature": could_be,
         "choices": plots.choice_charts(metrics),
         "learning": plots.learning_charts(metrics),
         "history": plots.history_charts(metrics),

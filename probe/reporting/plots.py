@@ -36,11 +36,11 @@ def verdict(metrics: Mapping[str, Any]) -> IntervalChart | None:
     return interval_chart(lines)
 
 
-def reliability_chart(after: Sequence[Bin], before: Sequence[Bin] | None) -> Chart:
-    """What was claimed against what came true."""
-    most = max(bin.n for bin in after)
+def reliability_chart(saved: Sequence[Bin], other: Sequence[Bin] | None, name_of_other: str) -> Chart:
+    """What was claimed against what came true, by the run as it is saved, and before or after temperature scaling."""
+    most = max(bin.n for bin in saved)
     series = []
-    for bins, name, colour in ((before or (), "before temperature scaling", 1), (after, "as saved", 0)):
+    for bins, name, colour in ((other or (), name_of_other, 1), (saved, "as saved", 0)):
         series.append(
             Series(
                 name=name,
