@@ -31,6 +31,14 @@ def lost_node(cache: str, *command: str) -> int:
     return code
 
 
+def with_a_gpu(*command: str) -> int:
+    """Runs `command` where a cluster says that it has a GPU, and RAY_ADDRESS where it is."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
+    code = subprocess.run(command, env=os.environ | {"RAY_ADDRESS": cluster.address}, check=False).returncode
+    cluster.shutdown()
+    return code
+
+
 class Fragile:
     """Dies of shard 3, and of nothing else."""
 
@@ -79,5 +87,5 @@ def talkative(*command: str) -> int:
 
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
-    parts = {"lost_node": lost_node, "bad_shard": bad_shard, "few_cpus": few_cpus, "talkative": talkative}
-    sys.exit(parts[what](*arguments))
+    parts = (lost_node, with_a_gpu, bad_shard, few_cpus, talkative)
+    sys.exit({part.__name__: part for part in parts}[what](*arguments))

@@ -60,6 +60,8 @@ def test_help_loads_no_jax_and_answers_at_once() -> None:
         "export",
         "serve",
         "compare",
+        "report",
+        "audit",
         "doctor",
         "demo",
     ],

@@ -1,6 +1,7 @@
 """The pages in docs/: what they show is run, and where they point there is something. pytest -m pages"""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ import probe
 from probe.cli import main
 from tests.checkpoints import write_tiny_resnet
 from tests.conftest import write_image_folder
+from tests.test_readme import readme_commands, where_it_runs
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -21,11 +23,11 @@ STAND_INS = {"openai/clip-vit-base-patch32": "probe-tiny", "microsoft/resnet-50"
 SAME = ["--backbone", "probe-tiny", "--batch-size", "8", "--precision", "float32"]
 READMES_STAND_INS = {
     "openai/clip-vit-base-patch32": "probe-tiny",
-    "--backbone B": "--backbone probe-tiny --epochs 1 --batch-size 8",
-    "--cache DIR": "--cache cache",
+    "B": "probe-tiny",
     "DIR": "photos",
     "IMAGES": "photos",
     "FORM": "safetensors",
+    "N": "2",
 }
 MALICIOUS = "<img src=x onerror=alert(1)>"
 
@@ -125,34 +127,53 @@ def test_every_command_of_a_page_runs(page: str, desk: Path, monkeypatch: pytest
             path.unlink()
 
 
-@pytest.mark.pages
-def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those on one's own photos and on a cache, in blocks and in lines, as printed but for names that stand for others.
+def as_run(command: str) -> list[str]:
+    """The words of a command of the README, with what is here for what it calls B, IMAGES and so on."""
+    words = shlex.split(command)[1:]
+    if "…" in words:
+        at = words.index("…")
+        words[at : at + 1] = ["photos", "--backbone", "B", "--out", "tuned"]
+    for at, word in enumerate(words):
+        words[at] = "cache" if words[at - 1 : at + 1] == ["--cache", "DIR"] else READMES_STAND_INS.get(word, word)
+    if "finetune" in words:
+        words += ["--epochs", "1", "--batch-size", "8"]
+    if {"fit-linear", "finetune"} & set(words):
+        words.append("--no-report")
+    writes = ("fit-linear", "finetune", "launch", "predict", "export", "audit")
+    return [*words, "--overwrite"] if words[0] in writes else words
 
-    Elsewhere: demo, digits and the tests' command (test_readme), serve (test_serve), Slurm and Spark (test_recipes).
-    """
+
+@pytest.mark.pages
+@pytest.mark.timeout(900)
+def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as printed but for names that stand for others; test_readme says which run elsewhere."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     write_image_folder(tmp_path / "photos", {"train": 12, "test": 6})
     for name, split in {"a": "train", "b": ""}.items():  # so that no two have one path
         write_image_folder(tmp_path / f"photos-{name}", {split: 4}, seed=1)
         assert main(["embed", f"photos-{name}", *SAME, "--out", name]) == 0
+    assert main(["embed", "photos", *SAME, "--out", "cache"]) == 0
     shutil.copytree("photos", "more-photos")
-    text = (ROOT / "README.md").read_text().partition("\n## Your own photos\n")[2]
-    found = re.findall(
-        r"^(probe [^\n]*?)(?:  [^\n]*)?$|`(probe (?:fit-linear|finetune|audit|report|export) [^`…/]*)`", text, re.M
-    )
-    lines = [" ".join((block or line).split()) for block, line in found]
-    commands = [line for line in lines if not re.search(r"--engine ray|launch|serve|> |\$", line)]
-    assert {line.split()[1] for line in commands} >= {"embed", "fit-linear", "finetune", "predict", "cache", "audit"}
-    for line in commands:
-        for printed, ours in READMES_STAND_INS.items():
-            line = line.replace(printed, ours)
-        words = shlex.split(line)
-        if words[1] in ("fit-linear", "finetune"):
-            words += ["--overwrite", "--no-report"]
-        if words[1:3] == ["cache", "import"]:
+    (tmp_path / ".local/share/bash-completion/completions").mkdir(parents=True)
+    commands = [command for command in readme_commands() if where_it_runs(command) is None]
+    verbs = {command.split()[1] for command in commands}
+    assert verbs >= {"embed", "fit-linear", "finetune", "launch", "predict", "export", "cache", "audit", "compare"}
+    for command in commands:
+        if ">" in command:
+            assert subprocess.run(command, shell=True, check=False).returncode == 0, command
+            continue
+        words = as_run(command)
+        if words[0] == "compare":
+            for name in ("run_a", "run_b"):
+                shutil.copytree("run", name)
+        if words[:2] == ["cache", "import"]:
             assert main(["cache", "export", "cache", "--single", "features.npz"]) == 0
-        assert main(words[1:]) == 0, line
+        if "--init run" in command:
+            assert main(as_run("probe fit-linear cache --out run")) == 0
+        assert main(words) == 0, command
+    assert "fit-linear" in next(tmp_path.glob(".local/share/*/*/probe")).read_text()
 
 
 def test_the_guide_shown_is_the_guide_that_runs() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from probe.images import ImageError
 from probe.sources import Source, open_source
 from probe.storage import atomic_write_bytes, locate
 from tests.faults import files_of
+from tests.test_readme import readme_commands
 
 pytest.importorskip("moto", reason="moto is not installed: pip install 'probe-jax[test,remote]' 'moto[server]'")
 pytestmark = [
@@ -96,6 +98,19 @@ def test_a_cache_on_a_store_is_made_of_the_same_objects_and_continues(
     assert "a folder of this machine" in capfd.readouterr().err
     assert main(["predict", f"{store}/run", str(image_folder)]) == 3
     assert "a run folder is read from this machine" in capfd.readouterr().err
+
+
+def test_the_commands_of_the_readme(
+    store: str, image_folder: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As printed; the bucket is that of the server here."""
+    monkeypatch.chdir(tmp_path)
+    for path in image_folder.rglob("*.png"):
+        atomic_write_bytes(locate(f"{store}/photos/{path.relative_to(image_folder)}"), path.read_bytes())
+    embed, fit = [command for command in readme_commands() if "s3://bucket/" in command and "…" not in command]
+    assert main(shlex.split(embed.replace("--backbone B", f"--backbone {tiny_clip}"))[1:]) == 0
+    assert main(shlex.split(fit)[1:]) == 0
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_images_on_a_store_give_the_embeddings_of_those_here(

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,10 +21,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from probe.cache import Cache
 from probe.config import EmbedConfig
 from probe.errors import ConfigError
 from tests.faults import files_of
 from tests.loopback import alone
+from tests.test_readme import readme_commands
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'probe-jax[ray]'")
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -180,6 +183,26 @@ def test_a_node_that_dies_costs_the_shards_in_its_hands(
     workers = json.loads(done.stdout.splitlines()[-1])["workers"]
     assert sum(bool(worker["ended"]) for worker in workers) >= 1
     assert files_of(cache) == files_of(local)
+
+
+def test_the_command_of_the_readme(
+    image_folder: Path, tiny_clip: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As printed, on a cluster that only says that it has a GPU."""
+    (command,) = [command for command in readme_commands() if "--engine ray" in command]
+    assert "--ray-address auto --gpus-per-worker 1" in command
+    image_folder.rename(tmp_path / "photos")
+    words = shlex.split(command.replace("--backbone B", f"--backbone {tiny_clip}"))
+    words[0] = str(Path(sys.executable).parent / "probe")
+    done = subprocess.run(
+        alone(sys.executable, "-m", "tests.ray_faults", "with_a_gpu", *words),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(Cache.open(tmp_path / "cache").table) == 48
 
 
 def test_a_shard_that_ends_its_workers_is_named(environment: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,36 @@ from probe import errors
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
+RUN_ELSEWHERE = {  # commands that test_docs does not run, by how they begin or what they have, and what runs them
+    r"embed work/|fit-linear work/|predict work/": "test_readme.py::test_the_digits_are_the_next_step",
+    r"demo ": "test_readme.py::test_the_first_command_gives_the_table_that_is_shown",
+    r"serve ": "test_serve.py::test_the_commands_of_the_readme",
+    r".* --engine ray": "test_ray.py::test_the_command_of_the_readme",
+    r".* --shard-index": "test_recipes.py::test_the_slurm_array_makes_one_cache",
+    r".* --distributed": "test_recipes.py::test_the_slurm_job_trains_on_all_its_tasks",
+    r"embed s3://bucket/shards": "test_objects.py::test_archives_on_a_store_are_read_where_they_are",
+    r".*s3://": "test_objects.py::test_the_commands_of_the_readme",
+}
+
+
+def readme_commands() -> list[str]:
+    """Every command line of the program that the README shows, in its order, in blocks and in lines; a verb alone, or
+    with one option's name, is none."""
+    found = []
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```|(?<!`)`([^`]+)`", README, re.DOTALL | re.MULTILINE):
+        language, block, span = match.groups()
+        lines = [span] if span else [] if language == "python" or "95 % interval" in block else block.splitlines()
+        for line in lines:
+            shown = re.search(r"(?:^|/|\s)(probe [\w-]+ .*?)(?:  +[a-z].*| &&)?$", " ".join(line.split("\n")))
+            if shown and not re.fullmatch(r"probe [\w-]+ --[\w-]+", shown[1]):
+                found.append(shown[1])
+    return found
+
+
+def where_it_runs(command: str) -> str | None:
+    """The test that runs a command of the README; None if test_docs does."""
+    words = command.removeprefix("probe ")
+    return next((test for pattern, test in RUN_ELSEWHERE.items() if re.match(pattern, words)), None)
 
 
 def block_under(heading: str, language: str) -> str:
@@ -78,6 +109,24 @@ def test_the_digits_are_the_next_step(tmp_path: Path) -> None:
     hits = [line.split(",")[0].split("/")[-2] == line.split(",")[1] for line in predictions[1:]]
     assert len(hits) == len(list((tmp_path / "work" / "digits" / "test").rglob("*.png")))
     assert sum(hits) / len(hits) > 0.85
+
+
+def test_commands_that_run_elsewhere_do() -> None:
+    commands = readme_commands()
+    assert len(commands) > 40
+    for pattern, test in RUN_ELSEWHERE.items():
+        assert any(where_it_runs(command) == test for command in commands), f"{pattern}: the README has none"
+        file, name = test.split("::")
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), test
+
+
+def test_extras_that_are_named_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("probe/**/*.py")]
+    named = {name for page in pages for found in re.findall(r"probe-jax\[([\w,]+)\]", page.read_text())
+             for name in found.split(",")}  # fmt: skip
+    assert len(named) > 8
+    assert named <= extras.keys()
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
