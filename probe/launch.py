@@ -132,9 +132,10 @@ def _started(command: Sequence[str], num_processes: int) -> Iterator[list[subpro
 
 def _tell(number: int, lines: IO[bytes], blamed: threading.Event) -> None:
     """Passes on what a process says."""
-    for line in lines:
-        if not blamed.is_set():
-            print(f"process {number}: {line.decode(errors='replace').rstrip()}", file=sys.stderr, flush=True)
+    with lines:
+        for line in lines:
+            if not blamed.is_set():
+                print(f"process {number}: {line.decode(errors='replace').rstrip()}", file=sys.stderr, flush=True)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
