@@ -328,8 +328,9 @@ def _verdict(
     """Which classifier is saved, and why, as JSON values."""
     if probe_logits is None:
         return {"kept": "finetuned", "why": "there is no probe of the training rows alone to compare with"}
+    no_way_gone = judged.choice.alpha == 0  # to keep that is to keep the probe, and is called so
     if judged.interpolated is None or judged.finetuned is None:
-        kept = "finetuned" if config.keep == "finetuned" else "probe"
+        kept = "finetuned" if config.keep == "finetuned" and not no_way_gone else "probe"
         return {"kept": kept, "why": "there are too few validation rows to choose and to judge"}
     found = verdict.compare(probe_logits, judged.interpolated, labels)
     table = {
@@ -339,6 +340,9 @@ def _verdict(
         "interpolated": found,
         "won": found["won"],
     }
+    if no_way_gone and (found["won"] or config.keep == "finetuned"):
+        why = "which is α 0, as asked" if config.wise != "best" else "since validation chose α 0 (--wise off overrides)"
+        return {**table, "kept": "probe", "why": why}
     if found["won"]:
         return {**table, "kept": "finetuned", "why": "which beats the probe beyond chance"}
     if config.keep == "finetuned":

@@ -225,6 +225,19 @@ def test_the_probe_is_kept_unless_fine_tuning_beats_it(config):
     assert bundle.load(tuned).finetuned
 
 
+def test_what_is_saved_where_no_way_helps_is_called_the_probe(config):
+    """A rate that ruins the tower: validation chooses α 0, and to keep what is there is to keep the probe."""
+    ruined = dataclasses.replace(config, init="probe", epochs=1, backbone_lr=10.0, keep="finetuned")
+    metrics = finetune(ruined)
+    assert metrics["chosen_alpha"] == metrics["chosen_epoch"] == 0
+    assert metrics["verdict"]["kept"] == "probe"
+    assert not bundle.load(config.out).finetuned
+    assert "saved: probe, since validation chose α 0 (--wise off overrides)" in describe(metrics)
+    metrics = finetune(dataclasses.replace(ruined, wise="off", overwrite=True))
+    assert metrics["verdict"]["kept"] == "finetuned"
+    assert bundle.load(config.out).finetuned
+
+
 def test_the_probe_takes_embeddings_from_a_cache_that_matches(config, tiny_resnet, tmp_path):
     made = {"precision": "float32", "batch_size": 8, "num_workers": 1}  # not what is fastest here today
     embed(EmbedConfig(images=config.images, backbone=config.backbone, out=tmp_path / "cache", **made))
@@ -247,7 +260,8 @@ def test_validation_rows_have_no_part_in_the_probe(tmp_path, tiny_clip):
     for turn in range(2):
         out = tmp_path / f"run-{turn}"
         options = {"epochs": 1, "wise": "0", "keep": "finetuned", "checkpoint_every": 0, "num_workers": 1}
-        finetune(FinetuneConfig(images=images, backbone=str(tiny_clip), out=out, **options))
+        metrics = finetune(FinetuneConfig(images=images, backbone=str(tiny_clip), out=out, **options))
+        assert metrics["verdict"]["why"] == "which is α 0, as asked"
         heads.append(bundle.load(out).head.params)
         (images / "val" / "red").rename(images / "val" / "rest")
         (images / "val" / "blue").rename(images / "val" / "red")
