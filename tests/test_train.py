@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from probe.errors import MismatchError, NumericalError
 from probe.evaluation import choice
-from probe.training import steps, train
+from probe.training import checkpoints, steps, train
 
 
 class Tiny(nn.Module):
@@ -324,6 +324,46 @@ def test_a_broken_loss_names_the_last_good_checkpoint(rows, tmp_path):
     inputs[3] = np.nan
     with pytest.raises(NumericalError, match=r"training loss is nan at step [5-8].*last good checkpoint is .*-step-4"):
         tiny_fit((inputs, labels), tmp_path, num_epochs=2, resume=True)
+
+
+def test_weights_that_are_not_finite_are_no_good_checkpoint(rows, tmp_path):
+    """The gradient breaks before the loss: the one that shows it is that of the next step."""
+    inputs, labels = rows
+
+    def broken_gradient(params, model_state, inputs, key):
+        bias = jnp.sqrt(jnp.abs(params["head"]["bias"]))  # its slope at 0 is no number
+        return inputs @ params["head"]["kernel"] + bias, model_state
+
+    with pytest.raises(NumericalError, match=r"weights are not finite after step 1: lower the learning rates"):
+        train.fit(
+            broken_gradient,
+            optax.sgd(0.1),
+            linear_params(),
+            train_batches=lambda epoch: steps.padded_batches(inputs, labels, 8),
+            val_batches=lambda: steps.padded_batches(inputs, labels, 8),
+            num_epochs=1,
+            seed=0,
+            checkpointing=train.Checkpointing(folder=tmp_path, every_steps=1, record={}, resume=False),
+        )
+    assert checkpoints.find(tmp_path, "last") is None
+
+
+def test_the_best_checkpoint_is_that_of_the_best_epoch(rows, tmp_path):
+    """Also where the weights of others are wanted."""
+    inputs, labels = rows
+    train.fit(
+        linear_apply,
+        optax.sgd(0.0),  # nothing moves: the first epoch stays the best
+        linear_params(),
+        train_batches=lambda epoch: steps.padded_batches(inputs, labels, 8),
+        val_batches=lambda: steps.padded_batches(inputs, labels, 8),
+        num_epochs=3,
+        seed=0,
+        wanted=lambda logits, labels: {0, len(logits) - 1},
+        checkpointing=train.Checkpointing(folder=tmp_path, every_steps=100, record={}, resume=False),
+    )
+    assert checkpoints.find(tmp_path, "best").name == "000001-step-4-best"
+    assert checkpoints.find(tmp_path, "last").name == "000003-step-12"
 
 
 def test_the_best_candidate_is_the_most_accurate_then_the_surest_then_the_earliest():

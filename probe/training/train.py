@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -175,6 +176,11 @@ def fit(
     return FitResult(run.history, best, run.snapshots, logits, labels)
 
 
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
 class _Run:
     """Where a run stands: all that the rest of it depends on, and all that a checkpoint holds."""
 
@@ -234,11 +240,13 @@ class _Run:
         return self._total
 
     def check_finite(self, metric: str, value: float, step: int) -> None:
-        if np.isfinite(value):
-            return
+        if not np.isfinite(value):
+            raise self._broken(f"{metric} is {value} at step {step}")
+
+    def _broken(self, what: str) -> NumericalError:
         last = checkpoints.find(self._checkpointing.folder, "last") if self._checkpointing else None
-        raise NumericalError(
-            f"{metric} is {value} at step {step}: lower the learning rates, or look for broken inputs"
+        return NumericalError(
+            f"{what}: lower the learning rates, or look for broken inputs"
             + (f". The last good checkpoint is {last}" if last else "")
         )
 
@@ -272,13 +280,17 @@ class _Run:
         assert self._checkpointing is not None
         if self._ahead:
             self.settle()  # a state with a broken loss behind it is not worth keeping
+        if not fetch(_all_finite((self.state.params, self.state.judged, self.state.model_state))):
+            raise self._broken(f"weights are not finite after step {self.step}")  # the loss shows it one step later
         record = {
             **self._checkpointing.record,
             "history": [dataclasses.asdict(line) for line in self.history],
             "batches_done": self.batches_done,
             "snapshots": sorted(self.snapshots),
         }
-        at_best = self.batches_done == 0 and max(self.snapshots) == len(self.history) - 1
+        at_best = not self.batches_done and len(self.history) - 1 in best_epoch(
+            np.stack(self.val_logits), self.val_labels
+        )
         tree = {
             "state": self.state,
             "snapshots": {str(epoch): (kept.params, kept.model_state) for epoch, kept in self.snapshots.items()},
