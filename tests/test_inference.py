@@ -1,14 +1,18 @@
 """The towers as embedding runs them: the same function as the linen modules, and each image for itself."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax import lax
 
 from probe.backbones import load_backbone, make_embed_fn
 from probe.backbones.embedding import make_stages
 from probe.backbones.precision import Precision, dense, make_kernel
+from probe.machine import count_flops
 from tests.golden.cases import CASES, TOWERS
 from tests.parity import TOLERANCE, relative_error
 
@@ -108,6 +112,67 @@ def test_the_second_batch_compiles_nothing(tiny_clip) -> None:
         finally:
             logging.getLogger("jax").removeHandler(handler)
     assert not [record for record in records if "ompiling" in record]
+
+
+def equations_of(jaxpr: Any) -> Iterator[Any]:
+    """All of a program's, those of inner programs in their places."""
+    for equation in jaxpr.eqns:
+        inner = [value for value in equation.params.values() if hasattr(value, "jaxpr") or hasattr(value, "eqns")]
+        for value in inner:
+            yield from equations_of(getattr(value, "jaxpr", value))
+        if not inner:
+            yield equation
+
+
+def program_of(case: Any, name: str, views: tuple[str, ...] = ("pooler",)) -> list[Any]:
+    """The equations of the compiled program, on a batch of one."""
+    embed_fn = make_embed_fn(load_backbone(TOWERS / case.name), views, Precision(name))
+    return [*equations_of(jax.make_jaxpr(embed_fn)(pictures(1, case.input_size)).jaxpr)]
+
+
+MOVING = {"transpose", "reshape", "broadcast_in_dim", "slice", "squeeze", "convert_element_type", "concatenate"}
+PRODUCTS = {"dot_general", "conv_general_dilated"}
+
+
+@pytest.mark.parametrize(("case", "name"), PRECISIONS, ids=lambda value: getattr(value, "name", value))
+def test_products_alone_are_rounded_and_add_up_in_full(case, name) -> None:
+    """Norms, softmax and the residual stream are float32, on every device; so are the sums of products."""
+    equations = program_of(case, name)
+    products = [equation for equation in equations if equation.primitive.name in PRODUCTS]
+    operands = set()
+    for product in products:
+        left, right = (variable.aval.dtype.name for variable in product.invars)
+        assert left == right
+        operands.add(left)
+        assert product.outvars[0].aval.dtype == ("int32" if left == "int8" else "float32")
+        if left == "float32":  # also where the hardware would round its operands
+            assert set(product.params["precision"]) == {lax.Precision.HIGHEST}
+    assert name in operands
+    if name == "float32":
+        assert operands == {"float32"}
+    for equation in equations:
+        if equation.primitive.name not in PRODUCTS | MOVING:
+            assert "bfloat16" not in {variable.aval.dtype.name for variable in equation.outvars}, equation
+
+
+@pytest.mark.parametrize("case", VIT_CASES, ids=lambda case: case.name)
+def test_what_nobody_reads_is_not_computed(case) -> None:
+    """The operations are those counted by hand: of the last block the class token's, and of no other view."""
+    backbone = load_backbone(TOWERS / case.name)
+    config, image = backbone.config, jax.ShapeDtypeStruct((1, *case.input_size, 3), np.uint8)
+    side = config.image_size // config.patch_size
+    patches, width, mlp = side**2, config.hidden_size, config.intermediate_size
+    tokens = patches + 1
+    stem = patches * config.patch_size**2 * 3 * width
+    block = tokens * (4 * width**2 + 2 * width * mlp) + 2 * tokens**2 * width
+    last = 2 * width**2 + 2 * width * mlp + 2 * tokens * width**2 + 2 * tokens * width
+    expected = 2 * (stem + (config.num_hidden_layers - 1) * block + last)
+    assert count_flops(make_embed_fn(backbone, ("pooler",)), image) == expected
+    products = [equation.primitive.name for equation in program_of(case, "float32")].count("dot_general")
+    assert products == 1 + 6 * (config.num_hidden_layers - 1) + 7  # queries, keys and values are one, the last's two
+    if "projected" in backbone.views:
+        both = count_flops(make_embed_fn(backbone, ("pooler", "projected")), image)
+        assert both == expected + 2 * width * config.projection_dim
 
 
 def test_int8_products_are_those_of_the_rounded_numbers() -> None:
