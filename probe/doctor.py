@@ -82,7 +82,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
         result["backbone"] = {
             "name": backbone.name,
             "flops_per_image": flops,
-            "images_per_second": {precision: rate * num_devices / flops for precision, rate in rates.items()},
+            "images_per_second": {name: rates[name] * num_devices / flops for name in _precisions(backbone)},
             "differences": _differences(backbone, pixels[:_COMPARED]),
         }
     result["warnings"] = _warnings(result, decoding)
@@ -120,9 +120,11 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _precisions() -> tuple[str, ...]:
-    """tf32 is there on a GPU alone."""
-    return PRECISIONS if jax.devices()[0].platform != "gpu" else (PRECISIONS[0], "tf32", *PRECISIONS[1:])
+def _precisions(backbone: Backbone | None = None) -> tuple[str, ...]:
+    """Those that the device has, and the backbone: tf32 is there on a GPU alone, int8 for towers of blocks."""
+    found = PRECISIONS if jax.devices()[0].platform != "gpu" else (PRECISIONS[0], "tf32", *PRECISIONS[1:])
+    has_int8 = backbone is None or isinstance(backbone.config, ViTConfig)
+    return found if has_int8 else tuple(name for name in found if name != "int8")
 
 
 def _versions() -> dict[str, str]:
@@ -196,14 +198,15 @@ def _measure_decoding(
 
 
 def _differences(backbone: Backbone, pixels: np.ndarray) -> dict[str, dict[str, float]]:
-    """How far the embeddings of each other precision are from those of float32; int8 is for towers of blocks.
+    """How far the embeddings of each other precision are from those of float32.
 
     Args:
       pixels: [N, H, W, 3] uint8.
     """
-    precisions = [Precision(name) for name in _precisions() if name != "int8"]  # type: ignore[arg-type]
-    if isinstance(backbone.config, ViTConfig):
-        precisions.append(int8_precision(backbone))
+    precisions = [
+        int8_precision(backbone) if name == "int8" else Precision(name)  # type: ignore[arg-type]
+        for name in _precisions(backbone)
+    ]
     num_devices = len(jax.local_devices())
     images = np.concatenate([pixels, np.repeat(pixels[:1], -len(pixels) % num_devices, axis=0)])
     embeddings = {

@@ -37,7 +37,9 @@ def test_precisions_are_compared_with_float32(result: dict, tiny_resnet: Path) -
         assert 0.99 < difference["cosine"] < 1  # rounded, and close
         assert difference["max_abs"] > 0
     assert "int8 beside float32 on 2 images: cosine 0.99" in describe(result)
-    assert set(doctor(DoctorConfig(backbone=str(tiny_resnet)))["backbone"]["differences"]) == {"bfloat16"}
+    resnet = doctor(DoctorConfig(backbone=str(tiny_resnet)))["backbone"]
+    assert set(resnet["differences"]) == {"bfloat16"}
+    assert set(resnet["images_per_second"]) == {"float32", "bfloat16"}  # it has no int8 that could be as fast as that
 
 
 def test_the_text_names_versions_devices_rates_and_bounds(result: dict) -> None:
