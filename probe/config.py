@@ -57,6 +57,14 @@ def _check_logs(out: Path, tensorboard: Path | None, mlflow: str | None, wandb: 
     _require_outside(out, "wandb", wandb)
 
 
+def _is_weight(item: str) -> bool:
+    """Of NAME=WEIGHT, a weight that is positive and finite."""
+    try:
+        return "=" in item and 0 < float(item.rpartition("=")[2]) < math.inf
+    except ValueError:
+        return False
+
+
 def _check_processes(
     distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
@@ -384,9 +392,9 @@ class FitLinearConfig:
             _require(all(self.penalties), "penalties", "above 0 except with lbfgs", self.penalties)
         if self.class_weights != ("balanced",):
             for item in self.class_weights:
-                weight = item.rpartition("=")[2] if "=" in item else ""
-                valid = weight.replace(".", "", 1).isdigit() and float(weight) > 0
-                _require(valid, "class-weights", "balanced, or NAME=WEIGHT with a weight above 0", item)
+                _require(_is_weight(item), "class-weights", "balanced, or NAME=WEIGHT with a weight above 0", item)
+            names = [item.rpartition("=")[0] for item in self.class_weights]
+            _require(len(set(names)) == len(names), "class-weights", "one weight of each class", names)
         _require(all(shots >= 1 for shots in self.shots), "shots", "numbers of at least 1", self.shots)
         _require(self.seed >= 0, "seed", "zero or more", self.seed)
         _require(self.seeds >= 1, "seeds", "at least 1", self.seeds)

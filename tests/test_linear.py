@@ -201,7 +201,7 @@ def test_class_weights_are_those_of_scikit_learn():
     embeddings, labels, splits = arrays()
     labels = np.where(np.arange(120) % 4 > 0, 0, labels)  # one class has three rows of four and more
     labels[:2] = 1, 2
-    for weights, theirs in ((("balanced",), "balanced"), (("bee=3", "cat=0.5"), {0: 1, 1: 3, 2: 0.5})):
+    for weights, theirs in ((("balanced",), "balanced"), (("bee=3", "cat=5e-1"), {0: 1, 1: 3, 2: 0.5})):
         data, fitted, metrics = run(config(class_weights=weights), embeddings, labels, splits)
         train = data.splits.train
         features = Scaling.of(embeddings[train], "standard").apply(embeddings)
@@ -492,6 +492,9 @@ def test_embeddings_that_are_not_finite_are_named():
         ({"views": ()}, "--views"),
         ({"head": "knn", "scalings": ("l2", "none")}, "--scalings"),
         ({"class_weights": ("ant",)}, "--class-weights"),
+        ({"class_weights": ("ant=²",)}, "NAME=WEIGHT with a weight above 0, got ant=²"),
+        ({"class_weights": ("ant=inf",)}, "NAME=WEIGHT with a weight above 0"),
+        ({"class_weights": ("ant=2", "ant=3")}, "one weight of each class"),
         ({"solver": "ridge", "shots": (1,)}, "--shots changes nothing with --solver ridge"),
         ({"solver": "ridge", "views": ("pooler", "projected")}, "--views"),
         ({"hidden": (8,)}, "--hidden changes nothing with --head linear: it belongs to --head mlp"),
