@@ -186,6 +186,12 @@ def test_who_asks_for_json_reads_of_errors_there(tmp_path: Path, capsys: pytest.
     assert "--out" in err
 
 
+def test_the_package_is_a_program_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "probe", "fit"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "probe: error: " in done.stderr
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version")[:2] == (0, "probe 0.1.0\n")
 
