@@ -118,7 +118,7 @@ def _faster_of(
     if slow < _FASTER * fast:
         return exact, f"float32: bfloat16 is {slow / fast:.2f} times as fast here"
     cosine = 1.0 if pictures is None else least_cosine(backbone, exact, rounded, pictures)
-    if cosine < LEAST_COSINE:
+    if not cosine >= LEAST_COSINE:  # NaN is not near, either
         return exact, f"float32: bfloat16 is {slow / fast:.2f} times as fast, but its cosine to float32 is {cosine:.6f}"
     told = "" if pictures is None else f", cosine to it at least {cosine:.6f} on {len(pictures)} images"
     return rounded, f"bfloat16: {slow / fast:.2f} times as fast as float32 here{told}"
@@ -188,7 +188,7 @@ def _check_memory(compiled: Any, stages: list[Stage]) -> None:
 
 
 def least_cosine(backbone: Backbone, exact: Precision, rounded: Precision, pictures: np.ndarray) -> float:
-    """The smallest cosine between the embeddings of two precisions, over pictures and views."""
+    """The smallest cosine between the embeddings of two precisions, over pictures and views; NaN where one has none."""
     outputs = []
     for precision in (exact, rounded):
         hidden: Any = pictures
@@ -196,11 +196,14 @@ def least_cosine(backbone: Backbone, exact: Precision, rounded: Precision, pictu
             hidden = jax.jit(stage.apply)(stage.weights, hidden)
         outputs.append({view: np.asarray(rows, np.float64) for view, rows in hidden.items()})
     ours, theirs = outputs
-    return min(
-        float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
-        for view in ours
-        for a, b in zip(ours[view], theirs[view], strict=True)
-    )
+    with np.errstate(invalid="ignore"):  # what is not finite has no cosine: NaN, which np.min hands on
+        cosines = [
+            (ours[view] * theirs[view]).sum(axis=1)
+            / np.linalg.norm(ours[view], axis=1)
+            / np.linalg.norm(theirs[view], axis=1)
+            for view in ours
+        ]
+    return float(np.min(cosines))
 
 
 def _or_synthetic(pictures: np.ndarray | None, backbone: Backbone) -> np.ndarray:

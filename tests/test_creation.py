@@ -53,6 +53,19 @@ def test_auto_takes_bfloat16_only_where_it_is_near_enough(clip, monkeypatch) -> 
     assert "but its cosine to float32 is 0.99" in far.why
 
 
+def test_auto_keeps_float32_where_bfloat16_has_no_cosine_to_it(clip, monkeypatch) -> None:
+    """A NaN is below no threshold, and is not near."""
+    monkeypatch.setattr(creation, "_FASTER", 0.0)
+    monkeypatch.setattr(creation, "_IDLE_SECONDS", 0.0)
+    params = jax.tree.map(np.array, clip.variables["params"])
+    params["post_layernorm"]["bias"][0] = np.nan
+    broken = Backbone(clip.name, None, clip.config, {"params": params}, clip.preprocessing)
+    assert np.isnan(least_cosine(broken, Precision(), Precision("bfloat16"), pictures(3, (16, 16))))
+    chosen = choose(broken, "auto", 4)
+    assert chosen.precision == Precision("float32")
+    assert "but its cosine to float32 is nan" in chosen.why
+
+
 def test_the_smallest_batch_that_is_near_the_best_rate_is_taken(clip, monkeypatch) -> None:
     seconds = {8: 0.09, 16: 0.161, 32: 0.32}  # 89, 99.4 and 100 images/s
     monkeypatch.setattr(creation, "_seconds", lambda stages, backbone, size: seconds[size])
