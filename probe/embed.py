@@ -37,7 +37,7 @@ from probe.embedding import Device, RunBatch, memory_explained
 from probe.engines.worker import describe_workers
 from probe.errors import ConfigError, InputError, StorageError
 from probe.estimate import describe_estimate, estimate, spread
-from probe.images import ImageError, load_image
+from probe.images import ImageError, load_image, read_image_file
 from probe.machine import count_flops, matmul_rate
 from probe.notebook import ROWS_SHOWN, facts, looks, table
 from probe.progress import heeds_quiet, say
@@ -278,9 +278,9 @@ def _some_pictures(
     """A few of the images that can be read, [n, H, W, 3] uint8."""
     pictures: list[np.ndarray] = []
     for _, content in source.iter_bytes(spread(examples, 2 * NUM_COMPARED)):
-        with contextlib.suppress(ImageError, OSError):
+        with contextlib.suppress(ImageError):
             if not isinstance(content, ImageError) and len(pictures) < NUM_COMPARED:
-                data = content if isinstance(content, bytes) else content.read_bytes()
+                data = content if isinstance(content, bytes) else read_image_file(content)[0]
                 pictures.append(load_image(data, backbone.preprocessing, max_pixels=config.max_pixels))
     return np.stack(pictures) if pictures else None
 

@@ -177,6 +177,13 @@ def test_a_new_cache_says_what_was_chosen_and_why(image_folder, tiny_clip, tmp_p
     assert "chosen for" not in capsys.readouterr().err
 
 
+def test_what_is_measured_with_waits_for_no_pipe(image_folder, tiny_clip, tmp_path) -> None:
+    os.mkfifo(image_folder / "train" / "blue" / "000.jpg")  # the first of all, into which nobody writes
+    summary = embed(settings(image_folder, tiny_clip, tmp_path / "cache"))
+    assert [failure["reason"] for failure in summary["failures"]] == ["not-a-file"]
+    assert summary["num_embedded"] == 48
+
+
 def run_on(num_devices: int, *arguments: str) -> str:
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
     command = [sys.executable, "-m", "tests.embedded_run", *arguments]
