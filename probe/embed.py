@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from probe import interrupt
-from probe.backbones import Backbone, Precision, load_backbone
+from probe.backbones import Backbone, Precision, ViTConfig, load_backbone
 from probe.cache import (
     CacheWriter,
     Inputs,
@@ -269,6 +269,8 @@ def _choose(
     recorded = Precision.from_json(fixed.get("precision"))
     if config.precision is None or config.precision == "auto" or config.precision == recorded.name:
         return Choice(recorded, batch_size)
+    if config.precision == "int8" and not isinstance(backbone.config, ViTConfig):
+        return Choice(recorded, batch_size)  # what `choose` took in its place
     return Choice(Precision(config.precision), batch_size)
 
 

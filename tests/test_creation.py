@@ -1,5 +1,6 @@
 """What a new cache settles by measurement: precision and batch size, fixed in it and read by all who continue."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -165,6 +166,13 @@ def test_a_cache_fixes_its_precision_and_runs_remember_it(name: str, tiny_clip: 
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
     assert classifier.backbone.precision == cache.provenance["precision"]
     assert backbone.fingerprint == classifier.backbone.fingerprint
+
+
+def test_a_cache_of_a_tower_without_int8_is_continued_by_the_command_that_made_it(tiny_resnet, tmp_path: Path) -> None:
+    images = write_image_folder(tmp_path / "images", {"train": 3})
+    made = settings(images, tiny_resnet, tmp_path / "cache", precision="int8", batch_size=4, limit=6)
+    assert embed(made)["num_computed"] == 6
+    assert embed(dataclasses.replace(made, limit=None))["num_computed"] == 3
 
 
 def test_a_new_cache_says_what_was_chosen_and_why(image_folder, tiny_clip, tmp_path, capsys) -> None:
