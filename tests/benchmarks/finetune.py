@@ -10,7 +10,7 @@ memory is the most that the process held while it took steps, its libraries incl
 
 The ratio is the best peer's median ÷ ours. The peer of a part that is trained is ours: inference where only the head
 learns, the step that trains everything where the last two blocks learn from cached activations.
---quick takes 2 layers, batch 8 and 2 rounds, and leaves compiled peers out.
+--quick takes 4 layers, batch 8 and 2 rounds, and leaves compiled peers out.
 """
 
 import argparse
@@ -242,7 +242,7 @@ def main() -> None:
         case, program, size = json.loads(args.worker)
         take_steps(case, program, Size(**size))
         return
-    size = Size(2, 8) if args.quick else Size(12, 16)
+    size = Size(4, 8) if args.quick else Size(12, 16)  # two blocks must stay frozen
     rounds = 2 if args.quick else args.rounds
     peers = ("torch",) if args.quick else ("torch", "torch.compile")
     print(
