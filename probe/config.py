@@ -473,7 +473,7 @@ class FinetuneConfig:
     unfreeze_last: IfGiven[int] = None
     """Train the last K blocks of the backbone and freeze those below."""
     rates: UseAppendAction[tuple[str, ...]] = ()
-    """A rule pattern=rate or pattern=frozen, the first match wins; these replace the options above."""
+    """A rule pattern=rate or pattern=frozen, the first match wins; instead of the options above, not beside them."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum."""
     momentum: float = 0.9

@@ -166,6 +166,8 @@ def require_free(path: Path, *, replacing: str | None = None) -> None:
     """
     if is_remote(path):
         raise InputError(f"{path}: this is written to a folder of this machine, and copied from there: choose another")
+    if path.name in ("", ".."):
+        raise InputError(f"{path}: this folder is made and named by the run: give --out the name of a new one")
     recover_folder(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -287,7 +289,8 @@ def _partial_name(path: Path) -> Path:
 
 def _aside_name(path: Path) -> Path:
     """Where a folder stands while another takes its name: the same in every process, and as short as a partial's."""
-    return path.with_name(f".replaced-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}")
+    path = path.absolute()  # "." has no name
+    return path.parent / f".replaced-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}"
 
 
 def _fsync_path(path: Path) -> None:

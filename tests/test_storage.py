@@ -100,6 +100,17 @@ def test_a_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_path: 
     assert not left_over(tmp_path)
 
 
+def test_a_folder_is_made_under_a_name_and_found_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one stands in it, it is `.`; what is written would have to be renamed to that."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    for path in (".", "..", "/", "below/.."):
+        with pytest.raises(InputError, match="give --out the name of a new one"):
+            storage.require_free(Path(path), replacing="run.json")
+        storage.recover_folder(Path(path))  # there is nothing to recover
+    assert storage._aside_name(Path()) == storage._aside_name(tmp_path / "run")
+
+
 def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/holiday.jpg").write_text("")
