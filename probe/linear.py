@@ -42,6 +42,7 @@ from probe.training.logs import Logs
 _ANSWERED = 2048  # rows whose logits are made at once
 _COPIES = 6  # times the embeddings that a fit takes at its peak, the baseline included (measured: 5.2)
 _ROUNDING = 1e-6  # of a float32 embedding, as a share of it
+_LARGEST, _LEAST = 1e15, 1e-15  # of an embedding's values: squares and their sums stay within float32
 _NAMED = 5  # how many of many rows a message names
 
 
@@ -334,23 +335,23 @@ def _c(metrics: dict[str, Any]) -> str:
 
 
 def check_finite(embeddings: Features, names: Sequence[bytes]) -> None:
-    """Raises InputError, naming the rows, if an embedding has a NaN or an infinity."""
-    found = [at[~np.isfinite(part).all(axis=1)] for at, part in pieces(embeddings)]
+    """Raises InputError, naming the rows, if an embedding has a NaN, an infinity, or what is all but one."""
+    found = [at[~(np.abs(part) <= _LARGEST).all(axis=1)] for at, part in pieces(embeddings)]
     rows = np.sort(np.concatenate([np.concatenate(rows) for rows in gathered(embeddings, found) if rows]))
     if len(rows):
         named = ", ".join(os.fsdecode(names[row]) for row in rows[:_NAMED])
         rest = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
         raise InputError(
-            f"{len(rows)} embeddings are not finite: {named}{rest}. Look at these images and at the "
+            f"{len(rows)} embeddings are not finite, or beyond {_LARGEST:.0e}: {named}{rest}. Look at these images and at the "
             "backbone's weights, and embed them again."
         )
 
 
 def check_varied(embeddings: Features) -> None:
-    """Raises InputError if all [N, D] embeddings are the same, up to float32's rounding."""
+    """Raises InputError if all [N, D] embeddings are the same, up to float32's rounding or 1e-15."""
 
     def differ(rows: np.ndarray, first: np.ndarray) -> bool:
-        return bool((np.abs(rows - first) > _ROUNDING * np.abs(first)).any())
+        return bool((np.abs(rows - first) > np.maximum(_ROUNDING * np.abs(first), _LEAST)).any())
 
     first, is_varied = None, False
     for _, part in pieces(embeddings):
