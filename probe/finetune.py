@@ -128,15 +128,13 @@ def _finetune(config: FinetuneConfig, logs: Logs) -> dict[str, Any]:
     alphas = _alphas(config, start)
 
     @functools.cache
+    def val_logits_at(alpha: float, epoch: int) -> np.ndarray:
+        """[N, C]; the ends have answered already."""
+        known = {0.0: probe_logits, 1.0: result.val_logits[epoch]}.get(alpha)
+        return tuning.logits(alpha, epoch, rows.val) if known is None else known
+
     def curve(epoch: int) -> np.ndarray:
-        """[A, N, C]; the ends have answered already."""
-        known = {0.0: probe_logits, 1.0: result.val_logits[epoch]}
-        return np.stack(
-            [
-                tuning.logits(alpha, epoch, rows.val) if (found := known.get(alpha)) is None else found
-                for alpha in alphas
-            ]
-        )
+        return np.stack([val_logits_at(alpha, epoch) for alpha in alphas])
 
     judged = verdict.judge(result.val_logits, result.val_labels, curve, alphas)
     found = distributed.agreed(_verdict(config, judged, probe_logits, result.val_labels))
@@ -171,7 +169,8 @@ def _finetune(config: FinetuneConfig, logs: Logs) -> dict[str, Any]:
         "wise_curve": [
             # these rows chose: the curve is for the eye, the verdict is for quoting
             {"alpha": alpha, **_pick(summarize(logits, result.val_labels, names, full=False), "accuracy", "nll")}
-            for alpha, logits in zip(alphas, curve(judged.choice.epoch), strict=True)
+            for alpha in (alphas if alphas == (1.0,) else sorted({*verdict.ALPHAS, *alphas}))
+            for logits in [val_logits_at(alpha, judged.choice.epoch)]
         ],
         "history": [dataclasses.asdict(line) for line in result.history],
         "parts": [dataclasses.asdict(part) for part in tuning.parts],

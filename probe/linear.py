@@ -342,8 +342,8 @@ def check_finite(embeddings: Features, names: Sequence[bytes]) -> None:
         named = ", ".join(os.fsdecode(names[row]) for row in rows[:_NAMED])
         rest = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
         raise InputError(
-            f"{len(rows)} embeddings are not finite, or beyond {_LARGEST:.0e}: {named}{rest}. Look at these images and at the "
-            "backbone's weights, and embed them again."
+            f"{len(rows)} embeddings are not finite, or beyond {_LARGEST:.0e}: {named}{rest}. Look at these images and "
+            "at the backbone's weights, and embed them again."
         )
 
 

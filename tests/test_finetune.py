@@ -220,6 +220,7 @@ def test_the_probe_is_kept_unless_fine_tuning_beats_it(config):
     assert "saved: probe, which fine-tuning does not beat" in text
     tuned = config.out.with_name("tuned")
     metrics = finetune(dataclasses.replace(config, out=tuned, keep="finetuned", wise="0.5"))
+    assert [point["alpha"] for point in metrics["wise_curve"]] == [step / 10 for step in range(11)]
     assert metrics["verdict"]["kept"] == "finetuned"
     assert metrics["chosen_alpha"] == 0.5
     assert bundle.load(tuned).finetuned

@@ -476,7 +476,7 @@ def test_without_a_penalty_separable_classes_are_refused():
 def test_embeddings_that_are_not_finite_are_named():
     embeddings = np.zeros((9, 2), np.float32)
     embeddings[:7, 1] = [np.nan, np.inf, 0, -np.inf, 1e18, np.nan, np.nan]
-    with pytest.raises(InputError, match=r"6 embeddings are not finite, or beyond 1e\+15: 0\.png, 1\.png.* and 1 more\."):
+    with pytest.raises(InputError, match=r"6 embeddings are not finite, .*: 0\.png, 1\.png.* and 1 more\."):
         check_finite(embeddings, [b"%d.png" % row for row in range(9)])
 
 
