@@ -199,6 +199,11 @@ def require_free(out: Path, *, overwrite: bool) -> None:
     storage.require_free(out, replacing=_CLASSIFIER if overwrite else None)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run, whole or not, stands there."""
+    return all((folder / name).is_file() for name in (_MANIFEST, "metrics.json"))
+
+
 def load(run: Path) -> Bundle:
     """Reads a run folder back and proves that no file of it is missing or changed.
 

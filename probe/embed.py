@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 
-from probe import interrupt
+from probe import bundle, interrupt
 from probe.backbones import Backbone, Precision, ViTConfig, load_backbone
 from probe.cache import (
     CacheWriter,
@@ -35,7 +35,7 @@ from probe.config import EmbedConfig
 from probe.creation import NUM_COMPARED, Choice, choose
 from probe.embedding import Device, RunBatch, memory_explained
 from probe.engines.worker import describe_workers
-from probe.errors import ConfigError, InputError, StorageError
+from probe.errors import ConfigError, InputError
 from probe.estimate import describe_estimate, estimate, spread
 from probe.images import ImageError, load_image, read_image_file
 from probe.machine import count_flops, matmul_rate
@@ -45,7 +45,7 @@ from probe.share import Share
 from probe.sources import Columns, Example, Source, check_labels, display_name, list_names, open_source
 from probe.sources.origin import describe_origin
 from probe.stages import StageTimes, describe_stages
-from probe.storage import is_remote
+from probe.storage import is_remote, require_writable
 
 if TYPE_CHECKING:
     from probe.engines.ray import RayWorkers
@@ -84,7 +84,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     source = _opener(config, config.images)()
     if all(example.labels for example in source.examples):
         check_labels(source)
-    _check_writable(config.out)
+    _check_out(config)
     examples = spread(source.examples, config.limit)
     inputs = _inputs(source, examples)
     with _workers(config) as workers:
@@ -323,15 +323,16 @@ def _num_dropped(config: EmbedConfig, inputs: Inputs) -> int:
     return num_dropped
 
 
-def _check_writable(out: Path) -> None:
-    """Raises: StorageError before anything is loaded if nothing could be written later."""
-    if is_remote(out):
+def _check_out(config: EmbedConfig) -> None:
+    """Raises, before anything is loaded: StorageError if nothing could be written; InputError for a folder that is no
+    place for a cache."""
+    require_writable(config.out)
+    if is_remote(config.out) or not config.out.exists():
         return
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise StorageError(f"{there} is a file, and --out needs a folder there")
-    if not os.access(there, os.W_OK):
-        raise StorageError(f"{there} is not writable: choose another --out, or change its permissions")
+    if bundle.is_run(config.out):
+        raise InputError(f"{config.out} is a run folder, no cache: choose another --out")
+    if not is_remote(config.images) and config.images.exists() and config.out.samefile(config.images):
+        raise InputError(f"{config.out} holds the images: choose another --out for the cache")
 
 
 def _summarize(

@@ -286,7 +286,7 @@ def describe(metrics: dict[str, Any]) -> str:
     lines = describe_splits(metrics["splits"])
     if baseline := metrics.get("baseline"):
         lines.append(
-            f"for comparison, scikit-learn's LogisticRegression(C=1) on {baseline['split']}: "
+            f"for comparison, scikit-learn's LogisticRegression(C=1) on {baseline['n']:,} rows of {baseline['split']}: "
             f"accuracy {baseline['accuracy']:.4f}, negative log-likelihood {baseline['nll']:.4f}"
         )
     if words := metrics.get("zero_shot"):

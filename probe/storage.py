@@ -156,6 +156,17 @@ def recover_folder(path: Path) -> None:
             fsync_folder(path.parent)
 
 
+def require_writable(path: Path) -> None:
+    """Checks, before any work is done, that something may be written there. Raises: StorageError."""
+    if is_remote(path):
+        return
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise StorageError(f"{there} is a file, and --out needs a folder there")
+    if not os.access(there, os.W_OK):
+        raise StorageError(f"{there} is not writable: choose another --out, or change its permissions")
+
+
 def require_free(path: Path, *, replacing: str | None = None) -> None:
     """Checks, before any work is done, that `atomic_folder` may write `path`: nothing is there, or what may go.
 
@@ -168,6 +179,7 @@ def require_free(path: Path, *, replacing: str | None = None) -> None:
         raise InputError(f"{path}: this is written to a folder of this machine, and copied from there: choose another")
     if path.name in ("", ".."):
         raise InputError(f"{path}: this folder is made and named by the run: give --out the name of a new one")
+    require_writable(path.absolute().parent)
     recover_folder(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return

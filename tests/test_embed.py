@@ -419,6 +419,19 @@ def test_input_that_cannot_be_used_leaves_nothing_behind(config, tmp_path: Path)
     assert not config().out.exists()
 
 
+def test_a_folder_that_is_something_else_becomes_no_cache(config, image_folder: Path, tmp_path: Path) -> None:
+    before = sorted(image_folder.iterdir())
+    with pytest.raises(InputError, match="holds the images"):
+        embed(config(out=image_folder))
+    assert sorted(image_folder.iterdir()) == before
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("manifest.json", "metrics.json"):
+        (run / name).write_text("{}")
+    with pytest.raises(InputError, match="is a run folder"):
+        embed(config(out=run))
+
+
 def test_nothing_readable_is_an_error_that_says_why(config, tmp_path: Path) -> None:
     for name in ("a/1.png", "b/2.png"):
         (tmp_path / "bad" / name).parent.mkdir(parents=True, exist_ok=True)

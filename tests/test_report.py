@@ -153,6 +153,14 @@ def test_no_report_where_it_is_not_wanted(trained, tmp_path):
     assert main(["predict", str(tmp_path / "run"), str(trained / "images" / "test" / "red")]) == 0
 
 
+def test_images_that_are_not_there_leave_the_page_as_it_is(trained, capsys):
+    run = trained / "run"
+    before = (run / "report.html").read_bytes()
+    assert main(["report", str(run), "--images", str(trained / "nowhere")]) == 3
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert (run / "report.html").read_bytes() == before
+
+
 def test_the_report_verb_gives_the_same_page(trained, tmp_path, capsys):
     before = (trained / "run" / "report.html").read_bytes()
     assert main(["report", str(trained / "run"), "--out", str(tmp_path / "page.html"), "--json"]) == 0

@@ -79,6 +79,8 @@ def write_report(
       images of the run; StorageError.
     """
     classifier = bundle.load(run)
+    if images is not None and not images.exists():
+        raise InputError(f"{images} does not exist: give the folder that the images are in, or leave --images out")
     metrics, config = (json.loads((run / name).read_bytes()) for name in ("metrics.json", "config.json"))
     made = provenance.load(run)
     notes: list[str] = []
@@ -318,4 +320,6 @@ def _written(value: Any) -> str:
     """A value of a configuration as one would type it."""
     if isinstance(value, list):
         return " ".join(map(str, value)) or "–"
-    return {None: "–", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, dict) else str(value)
+    if value is None or isinstance(value, bool):  # 0 is no False here
+        return {None: "–", True: "yes", False: "no"}[value]
+    return str(value)
