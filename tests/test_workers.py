@@ -35,10 +35,20 @@ def load(contents: list[Any], **options: Any) -> list[LoadedImage[int]]:
     return list(load_images(enumerate(contents), SMALL, **{"num_workers": 2} | options))
 
 
+_before: set[int] = set()  # processes that earlier tests keep, such as those of a server that a module shares
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    _before.clear()
+    _before.update(children())
+
+
 def children() -> list[int]:
-    """Processes that this one has started and that still run."""
+    """Processes that this one has started in this test and that still run."""
     tasks = Path("/proc/self/task").glob("*/children")
-    return [pid for task in tasks for pid in map(int, task.read_text().split()) if not is_zombie(pid)]
+    started = {pid for task in tasks for pid in map(int, task.read_text().split())} - _before
+    return [pid for pid in started if not is_zombie(pid)]
 
 
 def is_zombie(pid: int) -> bool:
