@@ -15,16 +15,14 @@ Whoever compares runs joins rows by content key and label, never by position.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError, safe_open
 
-from probe.errors import CorruptError, InputError
+from probe.errors import InputError
+from probe.evaluation import tensor_file
 
 FILE_NAME = "predictions.safetensors"
 FORMAT_VERSION = 1
@@ -109,9 +107,7 @@ def to_bytes(predictions: Predictions) -> bytes:
         "labels": predictions.labels.astype(np.uint8 if predictions.multi_label else np.int32),
         "logits": np.asarray(predictions.logits, np.float32),
     }
-    header = {"format_version": FORMAT_VERSION, "class_names": predictions.class_names}
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    return bytes(safetensors.numpy.save(contiguous, metadata={"probe": json.dumps(header)}))
+    return tensor_file.to_bytes(FORMAT_VERSION, {"class_names": predictions.class_names}, tensors)
 
 
 def load(run: Path) -> Predictions:
@@ -122,18 +118,7 @@ def load(run: Path) -> Predictions:
     path = run / FILE_NAME
     if not path.is_file():
         raise InputError(f"{run}: it has no {FILE_NAME}, so what it answered is not known. Train it again.")
-    try:
-        with safe_open(path, framework="np") as file:
-            header = json.loads(file.metadata()["probe"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-    except (SafetensorError, ValueError, TypeError, KeyError) as err:
-        raise CorruptError(f"{path}: damaged: {err}. Restore it from a copy, or train again.") from err
-    if header["format_version"] != FORMAT_VERSION:
-        raise CorruptError(
-            f"{path}: format version {header['format_version']}, but this program reads {FORMAT_VERSION}. "
-            "Use the version of probe that config.json names, or train again."
-        )
-    return _from_tensors(header, tensors)
+    return tensor_file.load(path, FORMAT_VERSION, _from_tensors)
 
 
 def _from_tensors(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> Predictions:

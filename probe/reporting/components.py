@@ -9,16 +9,13 @@ UMAP makes of 50 is what it makes of all, but for noise.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError, safe_open
 from sklearn.decomposition import PCA
 
-from probe.errors import CorruptError
+from probe.evaluation import tensor_file
 from probe.evaluation.predictions import Predictions
 from probe.reporting.answers import Answers
 from probe.reporting.shown import shown_rows
@@ -59,9 +56,8 @@ def to_bytes(keys: np.ndarray, embeddings: np.ndarray) -> bytes:
     """The file's content. Args: keys [n, 32] uint8; embeddings [n, D], n of at least 3."""
     with np.errstate(invalid="ignore"):  # where all are the same
         values = PCA(min(_NUM_COMPONENTS, *embeddings.shape), random_state=0).fit_transform(embeddings)
-    header = {"format_version": _FORMAT_VERSION, "variance": float(embeddings.var(axis=0, ddof=1).sum())}
-    tensors = {"keys": np.ascontiguousarray(keys), "components": np.ascontiguousarray(values, np.float32)}
-    return bytes(safetensors.numpy.save(tensors, metadata={"probe": json.dumps(header)}))
+    header = {"variance": float(embeddings.var(axis=0, ddof=1).sum())}
+    return tensor_file.to_bytes(_FORMAT_VERSION, header, {"keys": keys, "components": values.astype(np.float32)})
 
 
 def load(run: Path) -> Components | None:
@@ -72,15 +68,8 @@ def load(run: Path) -> Components | None:
     path = run / FILE_NAME
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, framework="np") as file:
-            header = json.loads(file.metadata()["probe"])
-            found = Components(file.get_tensor("keys"), file.get_tensor("components"), header["variance"])
-    except (SafetensorError, ValueError, TypeError, KeyError) as err:
-        raise CorruptError(f"{path}: damaged: {err}. Restore it from a copy, or train again.") from err
-    if header["format_version"] != _FORMAT_VERSION:
-        raise CorruptError(
-            f"{path}: format version {header['format_version']}, but this program reads {_FORMAT_VERSION}. "
-            "Use the version of probe that config.json names, or train again."
-        )
-    return found
+    return tensor_file.load(
+        path,
+        _FORMAT_VERSION,
+        lambda header, tensors: Components(tensors["keys"], tensors["components"], header["variance"]),
+    )
