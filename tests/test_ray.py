@@ -79,6 +79,19 @@ def descendants(pid: int) -> dict[int, str]:
     return {child: lines[child] for child in below - {pid}}
 
 
+def kill_at_work(driver: subprocess.Popen[str], doing: str, most: int) -> list[int]:
+    """Waits for a driver, and kills processes below it that are `doing` something. Returns: those killed."""
+    killed: list[int] = []
+    while driver.poll() is None:
+        at_work = [pid for pid, line in descendants(driver.pid).items() if line.startswith(doing)]
+        if at_work and len(killed) < most:
+            killed.append(at_work[len(killed) % len(at_work)])
+            os.kill(killed[-1], signal.SIGKILL)
+            time.sleep(0.5)
+        time.sleep(0.02)  # a shard is made in less than a second: who looks seldom finds nobody at it
+    return killed
+
+
 def test_workers_and_a_driver_killed_while_they_work_change_no_byte(
     job: tuple[Path, list[str]], environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -103,14 +116,7 @@ def test_workers_and_a_driver_killed_while_they_work_change_no_byte(
     driver = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    killed: list[int] = []
-    while driver.poll() is None:
-        making = [pid for pid, line in descendants(driver.pid).items() if line.startswith("ray::ShardWorker.make")]
-        if making and len(killed) < 5:
-            killed.append(making[len(killed) % len(making)])
-            os.kill(killed[-1], signal.SIGKILL)
-            time.sleep(0.5)
-        time.sleep(0.02)  # a shard is made in less than a second: who looks seldom finds nobody at it
+    killed = kill_at_work(driver, "ray::ShardWorker.make", 5)
     output, errors = driver.communicate()
     assert driver.returncode == 0, errors
     summary = json.loads(output)
@@ -134,14 +140,7 @@ def test_decode_actors_feed_a_worker_and_may_die(
     driver = subprocess.Popen(
         alone(*script, *options), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    killed: list[int] = []
-    while driver.poll() is None:
-        decoding = [pid for pid, line in descendants(driver.pid).items() if line.startswith("ray::Decoder.decode")]
-        if decoding and len(killed) < 3:
-            killed.append(decoding[len(killed) % len(decoding)])
-            os.kill(killed[-1], signal.SIGKILL)
-            time.sleep(0.5)
-        time.sleep(0.02)
+    killed = kill_at_work(driver, "ray::Decoder.decode", 3)
     output, errors = driver.communicate()
     assert driver.returncode == 0, errors
     assert len(killed) == 3
